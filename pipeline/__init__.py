@@ -1,0 +1,1 @@
+"""The machinery around `infusion_core`: staging, shards, training, tracking, registry, evaluation, figures."""
