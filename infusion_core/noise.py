@@ -1,0 +1,62 @@
+"""The one place that randomness enters by.
+
+Everything random in this package (dequantisation, infusion masks, Gaussian draws) is asked of a `Noise`, in the
+order in which the computation needs it. What a seed determines is thereby visible, frozen noise is a replayed seed,
+and another source (the concatenated noise of several workers, say) can stand in for a generator.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Noise(Protocol):
+    """A source of independent random numbers."""
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        """Returns standard Gaussian draws of the shape, type and device of `like`."""
+        ...
+
+    def uniform_like(self, like: Tensor) -> Tensor:
+        """Returns draws from U[0, 1) of the shape, type and device of `like`."""
+        ...
+
+    def bernoulli_like(self, like: Tensor, probability: float) -> Tensor:
+        """Returns booleans of the shape and device of `like`, each true with the given probability."""
+        ...
+
+
+class GeneratorNoise:
+    """Noise from a `torch.Generator`, which must live on the device that the noise is asked for."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    @classmethod
+    def from_seed(cls, *entropy: int, device: torch.device | str = "cpu") -> "GeneratorNoise":
+        """Returns noise that is determined by a sequence of non-negative integers, such as (seed, epoch, rank).
+
+        Sequences that differ anywhere give streams that are unrelated, which `seed + rank` would not.
+        """
+        return cls(torch.Generator(device).manual_seed(derive_seed(entropy)))
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        """See `Noise.normal_like`."""
+        return torch.empty_like(like).normal_(generator=self.generator)
+
+    def uniform_like(self, like: Tensor) -> Tensor:
+        """See `Noise.uniform_like`."""
+        return torch.empty_like(like).uniform_(generator=self.generator)
+
+    def bernoulli_like(self, like: Tensor, probability: float) -> Tensor:
+        """See `Noise.bernoulli_like`."""
+        return torch.empty_like(like, dtype=torch.bool).bernoulli_(probability, generator=self.generator)
+
+
+def derive_seed(entropy: Sequence[int]) -> int:
+    """Returns a 63-bit seed that depends on every one of the given non-negative integers."""
+    word = np.random.SeedSequence(list(entropy)).generate_state(1, np.uint64)[0]
+    return int(word) >> 1
