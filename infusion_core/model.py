@@ -32,9 +32,9 @@ class ModelConfig:
     Attributes:
         image_shape: height, width, channels.
         levels: number of grey levels of the pixels.
-        num_steps: T.
-        initial_rate: α⁽⁰⁾.
-        rate_increment: ω.
+        num_steps: T, the number of steps of the chain.
+        initial_rate: infusion rate α⁽⁰⁾ of the first state.
+        rate_increment: ω, the growth of the infusion rate per step.
         target_variance: variance of the target component δ_x.
         hidden_sizes: widths of the operator's hidden layers.
         variance_scale: β of the operator's variance β · sigmoid + ε.

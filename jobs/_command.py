@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from infusion_core.errors import InfusionError
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def run_job(
     args = parser.parse_args(argv)
     try:
         result = work(args)
-    except UserError as error:
+    except (UserError, InfusionError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:

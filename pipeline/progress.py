@@ -57,11 +57,17 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= self._interval:
             self._last_line = now
-            self._print(self.line(now - self._start, note))
+            self._print(self.line(note))
 
-    def line(self, elapsed: float, note: str = "") -> str:
-        """Returns the line that describes the state `elapsed` seconds after the start."""
-        rate = (self.done - self._already_done) / elapsed if elapsed > 0 else 0.0
+    @property
+    def rate(self) -> float:
+        """Units per second since the start, those of an earlier run not counted."""
+        elapsed = time.monotonic() - self._start
+        return (self.done - self._already_done) / elapsed if elapsed > 0 else 0.0
+
+    def line(self, note: str = "") -> str:
+        """Returns the line that describes the state now."""
+        rate = self.rate
         parts = [f"{self.done:,} {self.unit}"]
         if self.total is not None:
             percent = 100 * self.done / self.total if self.total else 100.0
@@ -73,11 +79,8 @@ class Progress:
 
     def close(self) -> None:
         """Prints the closing line."""
-        elapsed = time.monotonic() - self._start
-        rate = (self.done - self._already_done) / elapsed if elapsed > 0 else 0.0
-        self._print(
-            f"{self.label}: {self.done:,} {self.unit} in {format_duration(elapsed)} ({rate:,.1f} {self.unit}/s)"
-        )
+        duration = format_duration(time.monotonic() - self._start)
+        self._print(f"{self.label}: {self.done:,} {self.unit} in {duration} ({self.rate:,.1f} {self.unit}/s)")
 
     def _print(self, line: str) -> None:
         print(line, file=self._stream or sys.stderr, flush=True)

@@ -1,0 +1,68 @@
+"""Ends an MLflow run whose owner can no longer do it.
+
+    python -m pipeline.run_guard RUN_ID
+
+The owner holds the other end of this process's standard input. When that closes, by whatever death (SIGKILL and the
+loss of the whole job included), the run is ended with the status that the owner wrote last, or as KILLED if it wrote
+none. An owner that has ended the run itself writes `done`.
+
+The process waits in `read` and imports nothing heavy before it is needed: it costs some 10 MB and no time.
+"""
+
+import subprocess
+import sys
+from types import TracebackType
+from typing import Self
+
+DONE = "done"
+
+
+class RunGuard:
+    """The owner's side: starts the guard of a run on entry; leaves it to its duty unless `dismiss` is called."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+
+    def __enter__(self) -> Self:
+        # A session of its own: the signal that ends a job goes to the job's process group.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.run_guard", self._run_id],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    def dismiss(self) -> None:
+        """Tells the guard that the run has been ended, and waits for it to go."""
+        self.leave(DONE)
+        self._process.wait()
+
+    def leave(self, status: str) -> None:
+        """Tells the guard to end the run with `status` once this process is gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(status + "\n")
+        self._process.stdin.close()
+
+
+def main(run_id: str) -> None:
+    """Waits for the owner's end, then ends the run if need be."""
+    words = sys.stdin.read().split()
+    status = words[-1] if words else "KILLED"
+    if status == DONE:
+        return
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,411 @@
+"""Training of one model by one or several workers, without regard to who started them.
+
+A worker runs `Training.epochs`; where `torch.distributed` is initialised the workers train together, each with its
+share of the images. Nothing here knows of Ray or MLflow: the same loop runs bare, under Ray Train and in a Tune trial.
+
+Whatever is random in an epoch is determined by the seed, the epoch and the worker's rank, so that a run that goes on
+from a checkpoint computes what an uninterrupted one would have, bit for bit where the arithmetic is deterministic.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from infusion_core.chain import Operator, infusion_chain
+from infusion_core.gaussian import FactorialGaussian
+from infusion_core.model import InfusionModel, ModelConfig, load_model, save_model
+from infusion_core.noise import GeneratorNoise, derive_seed
+from infusion_core.normalization import collect_statistics
+from infusion_core.objective import denoising_losses
+from infusion_core.operator import TransitionOperator
+from infusion_core.pixels import bits_per_dimension, dequantise, fit_to_pixels
+from pipeline.bound_evaluation import CHUNK_IMAGES, BoundSums, Chunk, chunk_share, load_chunks, sum_bound
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.training_images import open_training_images
+
+RESIDENT_VALIDATION_BYTES = 512 * 2**20
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that determines what a training computes.
+
+    Attributes:
+        model: the model to train.
+        epochs: passes over the training split.
+        global_batch: images per step, over all workers.
+        learning_rate: of Adam.
+        seed: of initial weights, order of images, and noise.
+        precision: of matrix products: float32, tf32 (on GPUs that have it), or bfloat16.
+        validate_every: epochs between two validations; each makes a checkpoint.
+        figures_every: epochs between two sets of pictures; rounded up to a validation.
+        statistics_images: training images that batch statistics are estimated from before a validation; the final
+            model's are estimated from all.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    model: ModelConfig
+    epochs: int
+    global_batch: int = 512
+    learning_rate: float = 1e-3
+    seed: int = 0
+    precision: Precision = "float32"
+    validate_every: int = 1
+    figures_every: int = 5
+    statistics_images: int = 5120
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch", "validate_every", "figures_every", "statistics_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
+        if self.seed < 0:
+            raise UserError(f"seed must not be negative, as {self.seed} is")
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the configuration as what JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "TrainConfig":
+        """Returns the configuration that `to_json` was called on."""
+        return cls(**{**fields, "model": ModelConfig.from_json(fields["model"])})
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker's place in its group.
+
+    Attributes:
+        rank: its number.
+        world_size: how many there are.
+        device: where it computes.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What an epoch came to.
+
+    Attributes:
+        epoch: its number, from 1.
+        metrics: named as in the tracking store (`train/…`, `valid/…`, `throughput/…`).
+        validated: whether `valid/…` is among them and a checkpoint is due.
+        pictures_due: whether sampling and infusion chains are to be drawn.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    validated: bool
+    pictures_due: bool
+
+
+class _Stream(IntEnum):
+    """What a random stream is for; each purpose draws from a stream of its own."""
+
+    WEIGHTS = 0
+    ORDER = 1
+    NOISE = 2
+    STATISTICS_ORDER = 3
+    STATISTICS_NOISE = 4
+    VALIDATION = 5
+    PICTURES = 6
+
+
+def check_fit(config: TrainConfig, dataset: str, manifest: Manifest, world_size: int) -> None:
+    """Checks that model, data set and group of workers fit each other.
+
+    Raises:
+        UserError: they do not.
+    """
+    if config.model.image_shape != manifest.image_shape:
+        raise UserError(
+            f"{dataset} holds images of shape {_by(manifest.image_shape)} (height × width × channels), but the "
+            f"model is for {_by(config.model.image_shape)}; choose another preset or data set, or set --image-shape"
+        )
+    if config.model.levels != manifest.levels:
+        raise UserError(
+            f"{dataset} has {manifest.levels} grey levels, but the model is for {config.model.levels}; set --levels"
+        )
+    if config.global_batch % world_size:
+        raise UserError(f"global_batch {config.global_batch} cannot be shared equally by {world_size} workers")
+    if config.global_batch > manifest.rows("train"):
+        raise UserError(
+            f"global_batch {config.global_batch} is more than the {manifest.rows('train')} training images of {dataset}"
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+class Training:
+    """A training in progress, as one worker sees it.
+
+    Args:
+        config: what to compute.
+        dataset: address of the staged data set.
+        manifest: its manifest.
+        worker: this worker's place.
+        memory_limit: bytes of memory that this worker's images may occupy; see `open_training_images`.
+
+    Raises:
+        UserError: configuration and data set do not fit, or the data set cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: str,
+        manifest: Manifest,
+        worker: Worker | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        self.worker = worker or Worker()
+        check_fit(config, dataset, manifest, self.worker.world_size)
+        self.config = config
+        self.dataset = dataset
+        self.manifest = manifest
+        self.epoch = 0
+        self.history: list[dict[str, float]] = []
+        self.best_epoch = 0
+        self.best_bound = -math.inf
+        self._best_weights: dict[str, Tensor] = {}
+        self.model = new_model(config, manifest).to(self.worker.device)
+        self._optimizer = torch.optim.Adam(self.model.operator.parameters(), lr=config.learning_rate, fused=True)
+        self._operator = _distributed(self.model.operator, self.worker)
+        self.images = open_training_images(
+            dataset, manifest, "train", self.worker.rank, self.worker.world_size, self.worker.device, memory_limit
+        )
+        self._resident_validation: list[Chunk] | None = None
+        self._batch = config.global_batch // self.worker.world_size
+        self.steps_per_epoch = manifest.rows("train") // self.worker.world_size // self._batch
+        if config.precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+
+    def epochs(self) -> Iterator[EpochReport]:
+        """Trains to the last epoch, from the first or from where `restore` left off; yields after every epoch.
+
+        Raises:
+            UserError: the training diverged.
+        """
+        while self.epoch < self.config.epochs:
+            self.epoch += 1
+            last = self.epoch == self.config.epochs
+            metrics = self._train_epoch()
+            validated = last or self.epoch % self.config.validate_every == 0
+            if validated:
+                self.estimate_statistics(self.config.statistics_images)
+                bound = self.validate()
+                metrics |= bound_metrics("valid", bound, self.config.model)
+                if bound.mean > self.best_bound:
+                    self.best_bound, self.best_epoch = bound.mean, self.epoch
+                    self._best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            self.history.append({"epoch": self.epoch, **metrics})
+            yield EpochReport(self.epoch, metrics, validated, validated and self._pictures_due(last))
+
+    def finish(self) -> BoundSums:
+        """Makes `model` the best one that was validated, with statistics of the whole training split.
+
+        Returns:
+            Its validation bound.
+        """
+        self.model.load_state_dict(self._best_weights)
+        self.estimate_statistics(self.manifest.rows("train"))
+        return self.validate()
+
+    def _pictures_due(self, last: bool) -> bool:
+        every = self.config.figures_every
+        previous = self.epoch - self.config.validate_every
+        return last or self.epoch // every > max(previous, 0) // every
+
+    def _train_epoch(self) -> dict[str, float]:
+        config, worker = self.config, self.worker
+        noise = GeneratorNoise.from_seed(config.seed, _Stream.NOISE, self.epoch, worker.rank, device=worker.device)
+        objective = torch.zeros((), dtype=torch.float64, device=worker.device)
+        self.model.train()
+        start = _now(worker.device)
+        batches = self.images.batches(self._batch, config.seed, _Stream.ORDER, self.epoch, worker.rank)
+        for images in islice(batches, self.steps_per_epoch):
+            objective -= self._train_step(images, noise)
+        mean = float(_all_reduced(objective)) / (self.steps_per_epoch * worker.world_size)
+        seconds = _now(worker.device) - start
+        if not math.isfinite(mean):
+            raise UserError(
+                f"the training diverged: the objective is {mean} in epoch {self.epoch}; lower --learning-rate "
+                f"(now {config.learning_rate:g}) or raise --variance-floor (now {config.model.variance_floor:g})"
+            )
+        images_per_epoch = self.steps_per_epoch * config.global_batch
+        return {
+            "train/objective": mean,
+            "train/images_seen": float(self.epoch * images_per_epoch),
+            "throughput/train_images_per_second": images_per_epoch / seconds,
+        }
+
+    def _train_step(self, images: Tensor, noise: GeneratorNoise) -> Tensor:
+        """Takes one step; returns the batch's loss, a constant."""
+        target = dequantise(images, self.config.model.levels, noise)
+        total = torch.zeros((), dtype=torch.float64, device=images.device)
+        with self._autocast():
+            for loss in denoising_losses(self.model.prior, self._operator, self.model.schedule, target, noise):
+                loss.backward()
+                total += loss.detach()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return total
+
+    def estimate_statistics(self, images: int) -> None:
+        """Re-estimates the batch statistics of every step from `images` training images, shared by the workers."""
+        config, worker = self.config, self.worker
+        count = min(max(images // config.global_batch, 1), self.steps_per_epoch)
+        batches = self.images.batches(self._batch, config.seed, _Stream.STATISTICS_ORDER, worker.rank)
+        noise = GeneratorNoise.from_seed(config.seed, _Stream.STATISTICS_NOISE, worker.rank, device=worker.device)
+        with self._autocast():
+            estimate_statistics(self.model, islice(batches, count), noise)
+
+    def validate(self) -> BoundSums:
+        """Returns the sums of the lower bound over the validation split, over all workers."""
+        self.model.eval()
+        seed = derive_seed((self.config.seed, _Stream.VALIDATION))
+        with self._autocast():
+            sums = sum_bound(self.model, self._validation_chunks(), seed)
+        return BoundSums(_all_reduced(sums.values.to(self.worker.device)).cpu())
+
+    def _validation_chunks(self) -> Iterable[Chunk]:
+        """Returns this worker's chunks of the validation split, read once if they are small enough to keep."""
+        if self._resident_validation is not None:
+            return self._resident_validation
+        numbers = chunk_share(self.manifest.rows("valid"), self.worker.rank, self.worker.world_size)
+        chunks = load_chunks(self.dataset, self.manifest, "valid", numbers)
+        if len(numbers) * CHUNK_IMAGES * self.manifest.image_bytes > RESIDENT_VALIDATION_BYTES:
+            return chunks
+        self._resident_validation = list(chunks)
+        return self._resident_validation
+
+    def picture_noise(self) -> GeneratorNoise:
+        """Returns the noise that pictures are drawn with: the same at every epoch, so that they can be compared."""
+        return GeneratorNoise.from_seed(self.config.seed, _Stream.PICTURES, device=self.worker.device)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.config.precision != "bfloat16":
+            return nullcontext()
+        # Cached casts would be shared by the graphs of several steps, each of which is freed by its own backward.
+        return torch.autocast(self.worker.device.type, torch.bfloat16, cache_enabled=False)
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint: all that an exact resumption needs, and the best model so far."""
+        (folder / "last").mkdir()
+        save_model(self.model, folder / "last")
+        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+        if self._best_weights:
+            (folder / "best").mkdir()
+            best = InfusionModel(self.config.model)
+            best.load_state_dict(self._best_weights)
+            save_model(best, folder / "best")
+        state = {"epoch": self.epoch, "best_epoch": self.best_epoch, "best_bound": self.best_bound}
+        (folder / "state.json").write_text(json.dumps({**state, "history": self.history}))
+
+    def restore(self, folder: Path) -> None:
+        """Goes back to where `save` was called."""
+        state = json.loads((folder / "state.json").read_text())
+        self.epoch, self.history = state["epoch"], state["history"]
+        self.best_epoch, self.best_bound = state["best_epoch"], state["best_bound"]
+        self.model.load_state_dict(load_model(folder / "last").state_dict())
+        optimizer = torch.load(folder / "optimizer.pt", map_location=self.worker.device, weights_only=True)
+        self._optimizer.load_state_dict(optimizer)
+        if (folder / "best").exists():
+            self._best_weights = load_model(folder / "best", self.worker.device).state_dict()
+
+
+def new_model(config: TrainConfig, manifest: Manifest) -> InfusionModel:
+    """Builds a model with initial weights that the seed determines, and the prior of the training split."""
+    prior = training_gaussian(manifest)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed((config.seed, _Stream.WEIGHTS)))
+        return InfusionModel(config.model, prior)
+
+
+def training_gaussian(manifest: Manifest, variance_floor: float = 0.0) -> FactorialGaussian:
+    """Fits a factorial Gaussian to the training split (Eq. 1): the chain's prior, and the baseline of its bound."""
+    total, total_of_squares = (
+        torch.tensor(sums).view(manifest.image_shape).permute(2, 0, 1)
+        for sums in (manifest.pixel_sum, manifest.pixel_sum_of_squares)
+    )
+    return fit_to_pixels(
+        total, total_of_squares, manifest.rows("train"), manifest.levels, variance_floor=variance_floor
+    )
+
+
+def estimate_statistics(model: InfusionModel, batches: Iterator[Tensor], noise: GeneratorNoise) -> None:
+    """Re-estimates the batch statistics of every step on infusion chains towards uint8 `batches`."""
+    with collect_statistics(model.operator):
+        for images in batches:
+            target = dequantise(images, model.config.levels, noise)
+            for _ in infusion_chain(model.prior, model.operator, model.schedule, target, noise):
+                pass
+
+
+def bound_metrics(split: str, bound: BoundSums, model: ModelConfig) -> dict[str, float]:
+    """Returns the lower bound over a split as metrics."""
+    return {
+        f"{split}/lower_bound": bound.mean,
+        f"{split}/lower_bound_standard_error": bound.standard_error,
+        f"{split}/bits_per_dimension": bits_per_dimension(bound.mean, model.dimensions, model.levels),
+        **{f"{split}/lower_bound_{name}": value for name, value in bound.addends.items()},
+    }
+
+
+def _distributed(operator: TransitionOperator, worker: Worker) -> Operator:
+    """Returns the operator such that gradients are averaged over the workers once a training step.
+
+    The T backward passes of a step add up locally; the last one's all-reduce carries the sum.
+    """
+    if worker.world_size == 1:
+        return operator
+    devices = [worker.device] if worker.device.type == "cuda" else None
+    # The statistics, its only buffers, are the same everywhere: they come from all-reduced sums.
+    parallel = DistributedDataParallel(
+        operator, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+
+    def call(state: Tensor, step: int) -> FactorialGaussian:
+        # What `no_sync` does, decided per call: the chain, not this function, holds the loop over steps.
+        parallel.require_backward_grad_sync = step == operator.num_steps
+        return parallel(state, step)  # type: ignore[no-any-return]
+
+    return call
+
+
+def _all_reduced(values: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def _now(device: torch.device) -> float:
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
