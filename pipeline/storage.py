@@ -58,6 +58,11 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     return fs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().absolute())
 
 
+def absolute(uri: str) -> str:
+    """Returns the address that means the same file in every process: local paths are made absolute."""
+    return uri.rstrip("/") if is_s3(uri) else open_filesystem(uri)[1]
+
+
 def join(uri: str, *parts: str) -> str:
     """Returns the address of `parts` below `uri`."""
     return "/".join([uri.rstrip("/"), *parts])
@@ -111,8 +116,9 @@ def read_bytes(uri: str) -> bytes:
         UserError: the storage cannot be read.
     """
     filesystem, path = open_filesystem(uri)
-    with explained("read", uri), filesystem.open_input_stream(path) as stream:
-        return bytes(stream.read())
+    # As a file of known size and not as a stream, which would be read from S3 by a request for every small piece.
+    with explained("read", uri), filesystem.open_input_file(path) as file:
+        return bytes(file.read())
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -141,6 +147,14 @@ def list_files(uri: str) -> list[str]:
         found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     prefix = "s3://" if is_s3(uri) else ""
     return sorted(f"{prefix}{info.path}" for info in found if info.type == fs.FileType.File)
+
+
+def file_sizes(uri: str) -> dict[str, int]:
+    """Returns the sizes in bytes of all files below a folder, by their paths relative to it; none if it is missing."""
+    filesystem, path = open_filesystem(uri)
+    with explained("list", uri):
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return {info.path.removeprefix(f"{path}/"): info.size for info in found if info.type == fs.FileType.File}
 
 
 def delete_file(uri: str) -> None:
