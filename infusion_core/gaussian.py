@@ -80,9 +80,8 @@ class FactorialGaussian:
 
     def expand(self, batch_size: int) -> Self:
         """Returns this unbatched distribution for every example of a batch, without a copy: `(B, *event)`."""
-        return type(self)(
-            self.mean.expand(batch_size, *self.mean.shape), self.variance.expand(batch_size, *self.variance.shape)
-        )
+        shape = (batch_size, *self.mean.shape)
+        return type(self)(self.mean.expand(shape), self.variance.expand(shape))
 
     def detach(self) -> Self:
         """Returns the distribution as constants: no gradient flows to what computed it."""

@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -97,19 +97,31 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Self:
+    def from_json(cls, fields: Any) -> Self:
         """Returns the configuration that `to_json` was called on.
 
         Raises:
             InfusionError: a field is missing, unknown or out of range.
         """
+        if not isinstance(fields, dict):
+            raise InfusionError(f"not fields and their values but {fields!r}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise InfusionError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
         if missing := sorted(known - set(fields)):
             raise InfusionError(f"field {missing[0]!r} is missing")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        for name, hint in get_type_hints(cls).items():
+            if not _is_of_type(values[name], hint):
+                raise InfusionError(f"field {name!r} cannot be {fields[name]!r}")
         return cls(**values)
+
+
+def _is_of_type(value: object, hint: object) -> bool:
+    """Says whether a value read from JSON is what a field's type asks for: integers, a number, or one integer."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
+    return type(value) is int or (hint is float and type(value) is float)
 
 
 class InfusionModel(nn.Module):
@@ -118,12 +130,15 @@ class InfusionModel(nn.Module):
     Args:
         config: what to build.
         prior: p⁽⁰⁾ over states `(C, H, W)`; a standard Gaussian stands in for one that is loaded later.
+        synchronise: whether several training workers normalise by their common moments; see `StepBatchNorm`.
     """
 
     prior_mean: Tensor
     prior_variance: Tensor
 
-    def __init__(self, config: ModelConfig, prior: FactorialGaussian | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, prior: FactorialGaussian | None = None, *, synchronise: bool = True
+    ) -> None:
         super().__init__()
         self.config = config
         self.schedule = config.schedule
@@ -133,6 +148,7 @@ class InfusionModel(nn.Module):
             hidden_sizes=config.hidden_sizes,
             variance_scale=config.variance_scale,
             variance_floor=config.variance_floor,
+            synchronise=synchronise,
         )
         mean = torch.zeros(config.state_shape) if prior is None else prior.mean
         variance = torch.ones(config.state_shape) if prior is None else prior.variance
@@ -167,7 +183,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> InfusionMode
         raise InfusionError(f"{error.filename or weights_file}: the model's file is missing") from error
     except SafetensorError as error:
         raise InfusionError(f"{weights_file}: not a safetensors file: {error}") from error
-    except (json.JSONDecodeError, InfusionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, InfusionError) as error:
         raise InfusionError(f"{config_file}: not a model's configuration: {error}") from error
     model = InfusionModel(config)
     expected = model.state_dict()
@@ -180,6 +196,10 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> InfusionMode
             raise InfusionError(
                 f"{weights_file}: tensor {name!r} has shape {tuple(tensors[name].shape)}, "
                 f"where {config_file.name} asks for {tuple(expected[name].shape)}"
+            )
+        if tensors[name].dtype != expected[name].dtype:
+            raise InfusionError(
+                f"{weights_file}: tensor {name!r} is of {tensors[name].dtype}, not of {expected[name].dtype}"
             )
     model.load_state_dict(tensors)
     return model.to(device).eval()

@@ -5,10 +5,10 @@ order in which the computation needs it. What a seed determines is thereby visib
 and another source (the concatenated noise of several workers, say) can stand in for a generator.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,5 +58,6 @@ class GeneratorNoise:
 
 def derive_seed(entropy: Sequence[int]) -> int:
     """Returns a 63-bit seed that depends on every one of the given non-negative integers."""
-    word = np.random.SeedSequence(list(entropy)).generate_state(1, np.uint64)[0]
-    return int(word) >> 1
+    # Not numpy's SeedSequence: to it, (1,) and (1, 0) are the same.
+    digest = hashlib.blake2b(",".join(map(str, entropy)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1

@@ -12,14 +12,14 @@ from torch import Tensor
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.noise import Noise
 
-# The largest float32 below one: (255 + U) / 256 rounds up to 1 for U close to 1.
-_BELOW_ONE = 1 - 2.0**-24
+# The noise keeps this far from 0 and 1: closer, float32 may round a pixel into its neighbour's cell, or the last to 1.
+_MARGIN = 2.0**-16
 
 
 def dequantise(images: Tensor, levels: int, noise: Noise) -> Tensor:
     """Returns x = (u + U[0, 1)) / levels as float32 in [0, 1), for uint8 `images` of any shape."""
     pixels = images.float()
-    return pixels.add_(noise.uniform_like(pixels)).div_(levels).clamp_(max=_BELOW_ONE)
+    return pixels.add_(noise.uniform_like(pixels).clamp_(_MARGIN, 1 - _MARGIN)).div_(levels)
 
 
 def quantise(x: Tensor, levels: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from infusion_core.model import InfusionModel
 from infusion_core.noise import GeneratorNoise, derive_seed
 from infusion_core.pixels import bits_per_dimension
-from pipeline import registry, storage, tracking
+from pipeline import model_package, registry, storage, tracking
 from pipeline.bound_evaluation import chunk_share, load_chunks, sum_bound, sum_log_prob
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
@@ -86,7 +86,7 @@ def evaluate(
     tracking.check_reachable()
     manifest = Manifest.load(dataset)
     registered = registry.find(model_uri)
-    model = registry.load(registered)
+    model = model_package.load(registered)
     check_images(model, registered.uri, dataset, manifest)
     device = device or default_device()
     model.to(device)

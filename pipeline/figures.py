@@ -1,14 +1,13 @@
-"""Pictures of images and chains, laid out as the paper's figures, and of curves.
+"""Pictures of images and chains, laid out as the paper's figures.
 
 Small images are enlarged by whole factors without interpolation: a pixel stays a sharp square.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -90,30 +89,8 @@ def infusion_chains_picture(model: InfusionModel, targets: Tensor, noise: Noise)
     return image_grid(torch.stack([*images, targets]).transpose(0, 1), column_titles=titles)
 
 
-def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Plots the denoising objective and the validation lower bound over the epochs.
-
-    Args:
-        history: the metrics of every epoch, named as in the tracking store, with `epoch`.
-    """
-    figure = Figure(figsize=(9, 3.4), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 2)
-    for panel, name, title in (
-        (panels[0], "train/objective", "Denoising objective (training)"),
-        (panels[1], "valid/lower_bound", "Lower bound (validation)"),
-    ):
-        points = [(row["epoch"], row[name]) for row in history if name in row]
-        panel.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3)
-        panel.set(title=title, xlabel="epoch", ylabel="nats per image")
-        panel.grid(alpha=0.3)
-    return figure
-
-
-def png(picture: Image.Image | Figure) -> bytes:
+def png(picture: Image.Image) -> bytes:
     """Returns a picture as the content of a PNG file."""
     buffer = io.BytesIO()
-    if isinstance(picture, Figure):
-        picture.savefig(buffer, format="png")
-    else:
-        picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -83,7 +83,10 @@ class Progress:
         self._print(f"{self.label}: {self.done:,} {self.unit} in {duration} ({self.rate:,.1f} {self.unit}/s)")
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream or sys.stderr, flush=True)
+        # Not `print`, which Ray Train's workers replace by one that shows every line twice.
+        stream = self._stream or sys.stderr
+        stream.write(line + "\n")
+        stream.flush()
 
     def __enter__(self) -> Self:
         return self

@@ -7,45 +7,33 @@ checkpoint.
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.train
-import torch
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from ray.train import (
-    Checkpoint,
     CheckpointConfig,
-    CheckpointUploadMode,
     ControllerError,
     FailureConfig,
+    LoggingConfig,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
-    UserCallback,
 )
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchTrainer
 
-from infusion_core.model import CONFIG_FILE, WEIGHTS_FILE, InfusionModel, load_model, save_model
-from infusion_core.pixels import dequantise
-from pipeline import cluster, registry, storage, tracking
-from pipeline.bound_evaluation import load_chunks
+from infusion_core.model import CONFIG_FILE, WEIGHTS_FILE, InfusionModel, load_model
+from pipeline import cluster, model_package, registry, storage, tracking
+from pipeline.curves import figure_png, training_curves
 from pipeline.errors import UserError
-from pipeline.figures import infusion_chains_picture, png, sampling_chains_picture, training_curves
 from pipeline.manifest import Manifest
-from pipeline.progress import Progress
+from pipeline.ray_failures import StopAtUserError, user_error
 from pipeline.tracking import TrackedRun
-from pipeline.training import EpochReport, TrainConfig, Training, Worker, bound_metrics, check_fit
-
-PICTURED_CHAINS = 8
-SYSTEM_METRICS_INTERVAL_SECONDS = 5
+from pipeline.train_worker import MODEL_FOLDER, OUTCOME_FILE, train_worker
+from pipeline.training import TrainConfig, check_fit
 
 _RUN_FILE = "run.json"
-_OUTCOME_FILE = "outcome.json"
-_MODEL_FOLDER = "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +170,7 @@ def _check_same(earlier: Mapping[str, Any], config: TrainConfig, manifest: Manif
 
 def _fit(config: TrainConfig, dataset: str, store: str, name: str, resources: Resources, run: TrackedRun) -> None:
     trainer = TorchTrainer(
-        _work,
+        train_worker,
         train_loop_config={
             "config": config.to_json(),
             "dataset": dataset,
@@ -197,13 +185,14 @@ def _fit(config: TrainConfig, dataset: str, store: str, name: str, resources: Re
             use_gpu=resources.use_gpu,
             resources_per_worker=resources.per_worker,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=store,
             failure_config=FailureConfig(max_failures=resources.max_failures),
             # Every checkpoint holds the best model beside the last one: the newest is all that is needed.
             checkpoint_config=CheckpointConfig(num_to_keep=1),
-            callbacks=[_StopAtUserError()],  # type: ignore[list-item]
+            callbacks=[StopAtUserError()],  # type: ignore[list-item]
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
@@ -213,154 +202,25 @@ def _fit(config: TrainConfig, dataset: str, store: str, name: str, resources: Re
             raise error.controller_failure from error
         raise
     except TrainingFailedError as error:
-        if cause := _user_error(error):
+        if cause := user_error(error):
             raise cause from error
         raise
-
-
-class _StopAtUserError(UserCallback):
-    """Ends a training whose workers failed for a reason that starting them again would not mend."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        for error in worker_exceptions.values():
-            if cause := _user_error(error):
-                raise cause
-
-
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Returns the `UserError` that an exception from a worker is, wraps or was raised from."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return UserError(*error.args)
-        inner = getattr(error, "cause", None) or error.__cause__
-        for failure in getattr(error, "worker_failures", {}).values():
-            inner = inner or _user_error(failure)
-        error = inner
-    return None
-
-
-def _work(spec: dict[str, Any]) -> None:
-    """What every worker does: trains, reports, and at the end makes the finished model."""
-    torch.set_num_threads(spec["threads"])
-    context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
-    chief = worker.rank == 0
-    run = TrackedRun(**spec["run"])
-    training = Training(
-        TrainConfig.from_json(spec["config"]),
-        spec["dataset"],
-        Manifest.load(spec["dataset"]),
-        worker,
-        spec["memory_limit"],
-    )
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            training.restore(Path(folder))
-    if chief:
-        resumed = f", going on after epoch {training.epoch}" if training.epoch else ""
-        print(
-            f"{spec['label']}: {worker.world_size} workers, images in {training.images.placement}{resumed}", flush=True
-        )
-    with _system_metrics(run, context.get_node_rank(), context.get_local_rank() == 0):
-        unlogged: list[tuple[int, dict[str, float]]] = []
-        for report in _with_progress(training, spec["label"], chief):
-            unlogged.append((report.epoch, report.metrics))
-            if not report.validated:
-                continue
-            if chief:
-                run.log_metrics(unlogged)
-                if report.pictures_due:
-                    _log_pictures(training, run)
-            unlogged.clear()
-            _report(training, report, chief)
-        bound = training.finish()
-    if chief:
-        metrics = bound_metrics("valid", bound, training.config.model)
-        _write_outcome(training, metrics, spec["folder"])
-
-
-def _with_progress(training: Training, label: str, chief: bool) -> Iterator[EpochReport]:
-    if not chief:
-        yield from training.epochs()
-        return
-    total = training.config.epochs
-    with Progress(f"train {label}", total, "epochs", done=training.epoch, interval=5) as progress:
-        note = ""
-        for report in training.epochs():
-            if report.validated:
-                note = f"valid lower bound {report.metrics['valid/lower_bound']:.2f} nats at epoch {report.epoch}"
-            progress.advance(note=note)
-            yield report
-
-
-def _report(training: Training, report: EpochReport, chief: bool) -> None:
-    metrics = {"epoch": report.epoch, **report.metrics}
-    if not chief:
-        ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
-        return
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
-    training.save(folder)
-    ray.train.report(
-        metrics,
-        checkpoint=Checkpoint.from_directory(folder),
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
-
-
-def _log_pictures(training: Training, run: TrackedRun) -> None:
-    """Logs sampling chains (Figure 1) and infusion chains (Figure 2) of the current model."""
-    noise = training.picture_noise()
-    _, images = next(iter(load_chunks(training.dataset, training.manifest, "valid", range(1))))
-    targets = dequantise(images[:PICTURED_CHAINS].to(training.worker.device), training.manifest.levels, noise)
-    training.model.eval()
-    for kind, picture in (
-        ("sampling_chains", sampling_chains_picture(training.model, noise, chains=PICTURED_CHAINS)),
-        ("infusion_chains", infusion_chains_picture(training.model, targets, noise)),
-    ):
-        run.log_file(f"pictures/{kind}/epoch-{training.epoch:05d}.png", png(picture))
-
-
-@contextmanager
-def _system_metrics(run: TrackedRun, node: int, wanted: bool) -> Iterator[None]:
-    """Logs the load of this node's processors, memory, network and GPUs while the block runs."""
-    if not wanted:
-        yield
-        return
-    monitor = SystemMetricsMonitor(
-        run.run_id, SYSTEM_METRICS_INTERVAL_SECONDS, resume_logging=True, node_id=f"node-{node}"
-    )
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
-
-
-def _write_outcome(training: Training, metrics: Mapping[str, float], folder: str) -> None:
-    """Writes the finished model and what there is to say of it into the run's folder."""
-    with tempfile.TemporaryDirectory() as temporary:
-        save_model(training.model, Path(temporary))
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            storage.write_bytes(storage.join(folder, _MODEL_FOLDER, file), (Path(temporary) / file).read_bytes())
-    outcome = {"best_epoch": training.best_epoch, "metrics": metrics, "history": training.history}
-    storage.write_bytes(storage.join(folder, _OUTCOME_FILE), _json(outcome))
 
 
 def _read_model(folder: str) -> InfusionModel:
     with tempfile.TemporaryDirectory() as temporary:
         for file in (WEIGHTS_FILE, CONFIG_FILE):
-            (Path(temporary) / file).write_bytes(storage.read_bytes(storage.join(folder, _MODEL_FOLDER, file)))
+            (Path(temporary) / file).write_bytes(storage.read_bytes(storage.join(folder, MODEL_FOLDER, file)))
         return load_model(Path(temporary))
 
 
 def _register(config: TrainConfig, manifest: Manifest, folder: str, name: str, run: TrackedRun) -> TrainResult:
-    outcome = _read_json(storage.join(folder, _OUTCOME_FILE))
+    outcome = _read_json(storage.join(folder, OUTCOME_FILE))
     assert outcome is not None, "the workers write the outcome before they end"
     bound, bits = (outcome["metrics"][f"valid/{metric}"] for metric in ("lower_bound", "bits_per_dimension"))
-    run.log_file("curves.png", png(training_curves(outcome["history"])))
+    run.log_file("curves.png", figure_png(training_curves(outcome["history"])))
     run.log_metrics([(outcome["best_epoch"], {f"final/{key}": value for key, value in outcome["metrics"].items()})])
-    model = registry.register(
+    model = model_package.register(
         _read_model(folder),
         registry.model_name(manifest.name),
         run,

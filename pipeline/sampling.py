@@ -8,7 +8,7 @@ import torch
 
 from infusion_core.noise import GeneratorNoise
 from infusion_core.sampling import LastStep, sample_batches
-from pipeline import registry, storage, tracking
+from pipeline import model_package, registry, storage, tracking
 from pipeline.evaluation import default_device
 from pipeline.figures import png, samples_picture, sampling_chains_picture
 from pipeline.progress import Progress
@@ -70,7 +70,7 @@ def sample(
     storage.check_reachable(destination)
     tracking.check_reachable()
     registered = registry.find(model_uri)
-    model = registry.load(registered).to(device or default_device())
+    model = model_package.load(registered).to(device or default_device())
     steps = model.config.num_steps if num_steps is None else num_steps
     batches = sample_batches(model, num_samples, seed, num_steps=steps, last_step=last_step)
     with Progress("sample", num_samples, "samples") as progress:

@@ -10,6 +10,7 @@ from a checkpoint computes what an uninterrupted one would have, bit for bit whe
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from infusion_core.chain import Operator, infusion_chain
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig, load_model, save_model
-from infusion_core.noise import GeneratorNoise, derive_seed
+from infusion_core.noise import GeneratorNoise, Noise, derive_seed
 from infusion_core.normalization import collect_statistics
 from infusion_core.objective import denoising_losses
 from infusion_core.operator import TransitionOperator
@@ -51,6 +52,8 @@ class TrainConfig:
         global_batch: images per step, over all workers.
         learning_rate: of Adam.
         seed: of initial weights, order of images, and noise.
+        synchronise_normalisation: whether batch normalisation uses the moments of the global batch, so that the number
+            of workers does not matter, or those of each worker's part, which saves 4 T exchanges among workers a step.
         precision: of matrix products: float32, tf32 (on GPUs that have it), or bfloat16.
         validate_every: epochs between two validations; each makes a checkpoint.
         figures_every: epochs between two sets of pictures; rounded up to a validation.
@@ -66,6 +69,7 @@ class TrainConfig:
     global_batch: int = 512
     learning_rate: float = 1e-3
     seed: int = 0
+    synchronise_normalisation: bool = True
     precision: Precision = "float32"
     validate_every: int = 1
     figures_every: int = 5
@@ -249,7 +253,7 @@ class Training:
         start = _now(worker.device)
         batches = self.images.batches(self._batch, config.seed, _Stream.ORDER, self.epoch, worker.rank)
         for images in islice(batches, self.steps_per_epoch):
-            objective -= self._train_step(images, noise)
+            objective -= self.train_step(images, noise)
         mean = float(_all_reduced(objective)) / (self.steps_per_epoch * worker.world_size)
         seconds = _now(worker.device) - start
         if not math.isfinite(mean):
@@ -264,7 +268,7 @@ class Training:
             "throughput/train_images_per_second": images_per_epoch / seconds,
         }
 
-    def _train_step(self, images: Tensor, noise: GeneratorNoise) -> Tensor:
+    def train_step(self, images: Tensor, noise: Noise) -> Tensor:
         """Takes one step; returns the batch's loss, a constant."""
         target = dequantise(images, self.config.model.levels, noise)
         total = torch.zeros((), dtype=torch.float64, device=images.device)
@@ -344,7 +348,7 @@ def new_model(config: TrainConfig, manifest: Manifest) -> InfusionModel:
     prior = training_gaussian(manifest)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed((config.seed, _Stream.WEIGHTS)))
-        return InfusionModel(config.model, prior)
+        return InfusionModel(config.model, prior, synchronise=config.synchronise_normalisation)
 
 
 def training_gaussian(manifest: Manifest, variance_floor: float = 0.0) -> FactorialGaussian:
@@ -358,7 +362,7 @@ def training_gaussian(manifest: Manifest, variance_floor: float = 0.0) -> Factor
     )
 
 
-def estimate_statistics(model: InfusionModel, batches: Iterator[Tensor], noise: GeneratorNoise) -> None:
+def estimate_statistics(model: InfusionModel, batches: Iterator[Tensor], noise: Noise) -> None:
     """Re-estimates the batch statistics of every step on infusion chains towards uint8 `batches`."""
     with collect_statistics(model.operator):
         for images in batches:
@@ -386,9 +390,12 @@ def _distributed(operator: TransitionOperator, worker: Worker) -> Operator:
         return operator
     devices = [worker.device] if worker.device.type == "cuda" else None
     # The statistics, its only buffers, are the same everywhere: they come from all-reduced sums.
-    parallel = DistributedDataParallel(
-        operator, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        # The name that newer versions of torch want for `broadcast_buffers` is unknown to older ones.
+        warnings.simplefilter("ignore", FutureWarning)
+        parallel = DistributedDataParallel(
+            operator, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
     def call(state: Tensor, step: int) -> FactorialGaussian:
         # What `no_sync` does, decided per call: the chain, not this function, holds the loop over steps.

@@ -1,0 +1,133 @@
+"""The main jobs from end to end on local services, each submitted to the Ray head as a user would."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.local_services import LocalServices
+from pipeline.progress import format_duration
+from pipeline.tracking import git_commit
+
+DATASET = "s3://infusion/datasets/digits"
+RUNS = "s3://infusion/runs"
+SAMPLES = "s3://infusion/samples"
+REGISTERED_MODEL = "infusion-digits"
+NUM_WORKERS = 2
+
+# What `ray job submit` says of itself, as `2026-01-01 00:00:00,000 INFO cli.py:42 -- …`.
+_RAY_CLIENT_LINE = re.compile(r"\b(INFO|SUCC|WARNING) \w+\.py:\d+ -- ")
+
+
+def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[str, Any]:
+    """Stages the digits, trains, evaluates, promotes and samples; writes pictures and a summary to `folder`.
+
+    Args:
+        services: they are started if they are not up, and left up.
+        repository: the folder that the jobs' code is submitted from.
+        folder: gets `samples.png`, `chains.png` and `summary.json`.
+
+    Returns:
+        The summary: figures, addresses, and seconds a stage.
+
+    Raises:
+        UserError: a service did not start, or a job failed.
+    """
+    seconds: dict[str, float] = {}
+    start = time.monotonic()
+    services.up()
+    seconds["services"] = time.monotonic() - start
+    os.environ.update(services.env())
+    name = f"demo-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+    def job(stage: str, *words: str) -> dict[str, Any]:
+        began = time.monotonic()
+        result = submit(f"{name}-{stage}", stage, repository, ["python", "-m", f"jobs.{stage}", *words, "--json"])
+        seconds[stage] = time.monotonic() - began
+        say(stage, f"done in {format_duration(seconds[stage])}")
+        return result
+
+    staged = job("stage", "digits", DATASET)
+    trained = job("train", DATASET, "--runs", RUNS, "--name", name, "--num-workers", str(NUM_WORKERS))
+    model = trained["model"]
+    with ThreadPoolExecutor() as pool:
+        # These three do not need one another.
+        evaluating = pool.submit(job, "evaluate", model, DATASET)
+        sampling = pool.submit(job, "sample", model, f"{SAMPLES}/{name}")
+        promoting = pool.submit(job, "promote", REGISTERED_MODEL)
+    evaluated, sampled, promoted = evaluating.result(), sampling.result(), promoting.result()
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in ("samples", "chains"):
+        (folder / f"{picture}.png").write_bytes(
+            storage.read_bytes(sampled["grid" if picture == "samples" else picture])
+        )
+    figures = ("variance_floor", "images", "lower_bound", "lower_bound_standard_error", "bits_per_dimension")
+    baseline = ("baseline_log_likelihood", "baseline_standard_error", "baseline_bits_per_dimension")
+    summary = {
+        "figures": {
+            **{f"test_{key}": evaluated[key] for key in (*figures, *baseline)},
+            "valid_lower_bound": trained["valid_lower_bound"],
+            "best_epoch": trained["best_epoch"],
+            "train_images_per_second": trained["train_images_per_second"],
+            "promotion": promoted["reason"],
+        },
+        "uris": {
+            "dataset": staged["manifest"],
+            "run": trained["folder"],
+            "mlflow_run": trained["mlflow_run"],
+            "model": trained["model"],
+            "champion": f"models:/{REGISTERED_MODEL}@champion",
+            "registry": f"{os.environ['MLFLOW_TRACKING_URI']}/#/models/{REGISTERED_MODEL}",
+            "samples": sampled["table"],
+            "ray_dashboard": os.environ["RAY_API_SERVER_ADDRESS"],
+        },
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "commit": git_commit(),
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def submit(submission_id: str, stage: str, repository: Path, words: list[str]) -> dict[str, Any]:
+    """Submits a job with `ray job submit`, shows its output, and returns the JSON object that it ended with.
+
+    Raises:
+        UserError: the job failed.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        *("job", "submit", "--submission-id", submission_id, "--working-dir", str(repository)),
+        *("--runtime-env-json", json.dumps({"env_vars": {"GIT_COMMIT": git_commit()}})),
+        *("--", *words),
+    ]
+    say(stage, f"$ ray job submit --working-dir . -- {shlex.join(words)}")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() and not _RAY_CLIENT_LINE.search(line):
+                say(stage, line.rstrip())
+    # What the command printed may have been cut short; the job's status and whole output are asked for.
+    client = JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"])
+    info = client.get_job_info(submission_id)
+    if info.status != JobStatus.SUCCEEDED:
+        raise UserError(f"job {submission_id} ended {info.status}: {info.message}; its output is above")
+    last_line = client.get_job_logs(submission_id).rstrip().splitlines()[-1]
+    result: dict[str, Any] = json.loads(last_line)
+    return result
+
+
+def say(stage: str, line: str) -> None:
+    """Shows a line of a stage."""
+    sys.stderr.write(f"{stage:<8} │ {line}\n")

@@ -1,0 +1,29 @@
+"""Which failures of a training's workers are worth another try, and which are the user's to mend."""
+
+from typing import Any
+
+from ray.train import UserCallback
+
+from pipeline.errors import UserError
+
+
+class StopAtUserError(UserCallback):
+    """Ends a training whose workers failed for a reason that starting them again would not mend."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Raises the worker's `UserError`, if it is one, in Ray Train's controller, which then tries no more."""
+        for error in worker_exceptions.values():
+            if cause := user_error(error):
+                raise cause
+
+
+def user_error(error: BaseException | None) -> UserError | None:
+    """Returns the `UserError` that an exception from a worker is, wraps or was raised from."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return UserError(*error.args)
+        inner = getattr(error, "cause", None) or error.__cause__
+        for failure in getattr(error, "worker_failures", {}).values():
+            inner = inner or user_error(failure)
+        error = inner
+    return None

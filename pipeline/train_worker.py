@@ -1,0 +1,161 @@
+"""What every worker of a training does under Ray Train: trains, reports, and at the end makes the finished model.
+
+A worker's start is part of every training's time: what only the first worker needs, MLflow and pictures, is imported
+where it is used.
+"""
+
+import json
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from ray.train.torch import get_device
+
+from infusion_core.model import CONFIG_FILE, WEIGHTS_FILE, save_model
+from infusion_core.pixels import dequantise
+from pipeline import storage
+from pipeline.bound_evaluation import load_chunks
+from pipeline.manifest import Manifest
+from pipeline.progress import Progress
+from pipeline.training import EpochReport, TrainConfig, Training, Worker, bound_metrics
+
+if TYPE_CHECKING:
+    from pipeline.tracking import TrackedRun
+
+OUTCOME_FILE = "outcome.json"
+MODEL_FOLDER = "model"
+PICTURED_CHAINS = 8
+SYSTEM_METRICS_INTERVAL_SECONDS = 5
+
+
+def train_worker(spec: dict[str, Any]) -> None:
+    """Trains as one worker of the group that this process belongs to.
+
+    Args:
+        spec: `config` (of the training), `dataset`, `folder` (of the run), `label` (for progress), `run` (the fields of
+            its `TrackedRun`), `threads`, and `memory_limit` (bytes for images, or `None`).
+    """
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    torch.set_num_threads(spec["threads"])
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    chief = worker.rank == 0
+    training = Training(
+        TrainConfig.from_json(spec["config"]),
+        spec["dataset"],
+        Manifest.load(spec["dataset"]),
+        worker,
+        spec["memory_limit"],
+    )
+    if checkpoint := ray.train.get_checkpoint():
+        with checkpoint.as_directory() as folder:
+            training.restore(Path(folder))
+    if chief:
+        resumed = f", going on after epoch {training.epoch}" if training.epoch else ""
+        sys.stderr.write(
+            f"{spec['label']}: {worker.world_size} workers, images in {training.images.placement}{resumed}\n"
+        )
+    with _system_metrics(spec["run"], context.get_node_rank(), context.get_local_rank() == 0):
+        unlogged: list[tuple[int, dict[str, float]]] = []
+        for report in _with_progress(training, spec["label"], chief):
+            unlogged.append((report.epoch, report.metrics))
+            if not report.validated:
+                continue
+            if chief:
+                _log(training, unlogged, spec["run"], report.pictures_due)
+            unlogged.clear()
+            _report(training, report, chief)
+        bound = training.finish()
+    if chief:
+        metrics = bound_metrics("valid", bound, training.config.model)
+        _write_outcome(training, metrics, spec["folder"])
+
+
+def _with_progress(training: Training, label: str, chief: bool) -> Iterator[EpochReport]:
+    if not chief:
+        yield from training.epochs()
+        return
+    total = training.config.epochs
+    with Progress(f"train {label}", total, "epochs", done=training.epoch, interval=5) as progress:
+        note = ""
+        for report in training.epochs():
+            if report.validated:
+                note = f"valid lower bound {report.metrics['valid/lower_bound']:.2f} nats at epoch {report.epoch}"
+            progress.advance(note=note)
+            yield report
+
+
+def _report(training: Training, report: EpochReport, chief: bool) -> None:
+    metrics = {"epoch": report.epoch, **report.metrics}
+    if not chief:
+        ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+    training.save(folder)
+    ray.train.report(
+        metrics,
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _log(
+    training: Training, metrics: list[tuple[int, dict[str, float]]], run: Mapping[str, str], pictures_due: bool
+) -> None:
+    from pipeline.tracking import TrackedRun
+
+    tracked = TrackedRun(**run)
+    tracked.log_metrics(metrics)
+    if pictures_due:
+        _log_pictures(training, tracked)
+
+
+def _log_pictures(training: Training, run: "TrackedRun") -> None:
+    """Logs sampling chains (Figure 1) and infusion chains (Figure 2) of the current model."""
+    from pipeline.figures import infusion_chains_picture, png, sampling_chains_picture
+
+    noise = training.picture_noise()
+    _, images = next(iter(load_chunks(training.dataset, training.manifest, "valid", range(1))))
+    targets = dequantise(images[:PICTURED_CHAINS].to(training.worker.device), training.manifest.levels, noise)
+    training.model.eval()
+    for kind, picture in (
+        ("sampling_chains", sampling_chains_picture(training.model, noise, chains=PICTURED_CHAINS)),
+        ("infusion_chains", infusion_chains_picture(training.model, targets, noise)),
+    ):
+        run.log_file(f"pictures/{kind}/epoch-{training.epoch:05d}.png", png(picture))
+
+
+@contextmanager
+def _system_metrics(run: Mapping[str, str], node: int, wanted: bool) -> Iterator[None]:
+    """Logs the load of this node's processors, memory, network and GPUs while the block runs."""
+    if not wanted:
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        run["run_id"], SYSTEM_METRICS_INTERVAL_SECONDS, resume_logging=True, node_id=f"node-{node}"
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def _write_outcome(training: Training, metrics: Mapping[str, float], folder: str) -> None:
+    """Writes the finished model and what there is to say of it into the run's folder."""
+    with tempfile.TemporaryDirectory() as temporary:
+        save_model(training.model, Path(temporary))
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            storage.write_bytes(storage.join(folder, MODEL_FOLDER, file), (Path(temporary) / file).read_bytes())
+    outcome = {"best_epoch": training.best_epoch, "metrics": metrics, "history": training.history}
+    storage.write_bytes(storage.join(folder, OUTCOME_FILE), json.dumps(outcome, indent=2).encode())

@@ -1,0 +1,153 @@
+"""What is wrong outside of the program is one clear line and a non-zero exit."""
+
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from pipeline import sources, storage
+from pipeline.manifest import Manifest
+from pipeline.staging import stage
+
+JOBS = ("stage", "train", "evaluate", "sample", "promote", "services", "demo")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("staged") / "digits")
+    stage(sources.digits(), folder)
+    return folder
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port that is bound, so that nobody else takes it, and that does not listen."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def error_of(job: str, arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a job that must fail, and returns the line that it printed."""
+    assert import_module(f"jobs.{job}").main(list(arguments)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in captured.err
+    return line
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_explains_itself(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"jobs.{job}").main(["--help"])
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_unknown_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = error_of("stage", ["floppy:A", str(tmp_path / "x")], capsys)
+    assert "floppy:A" in line
+    assert "digits" in line
+    assert "npz:" in line
+
+
+@pytest.mark.usefixtures("client_env")
+class TestTrain:
+    def test_missing_manifest(self, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = [f"{bucket_uri}/none", "--runs", bucket_uri, "--preset", "digits"]
+        line = error_of("train", arguments, capsys)
+        assert f"{bucket_uri}/none" in line
+        assert "jobs.stage" in line
+
+    def test_unknown_preset(self, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+        line = error_of("train", [digits, "--runs", bucket_uri, "--preset", "imagenet"], capsys)
+        assert "no preset 'imagenet'; choose one of mnist, digits" in line
+
+    def test_image_shape_of_another_data_set(
+        self, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        line = error_of("train", [digits, "--runs", bucket_uri, "--preset", "mnist"], capsys)
+        assert "8 × 8 × 1" in line
+        assert "28 × 28 × 1" in line
+
+    def test_schedule_past_one(self, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = [digits, "--runs", bucket_uri, "--num-steps", "15", "--rate-increment", "0.1"]
+        line = error_of("train", arguments, capsys)
+        assert "leaves [0, 1] at step 11 of 15" in line
+
+    def test_more_workers_than_the_cluster_can_hold(
+        self, ray_cluster: str, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = [digits, "--runs", bucket_uri, "--num-workers", "64"]
+        line = error_of("train", arguments, capsys)
+        assert "64 workers with 1 CPU each need 64 CPU" in line
+        assert f"that holds {os.cpu_count()} such workers" in line
+        assert storage.list_files(bucket_uri) == []
+
+    def test_damaged_parquet_file(self, ray_cluster: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+        dataset = f"{bucket_uri}/data/digits"
+        stage(sources.digits(), dataset)
+        part = Manifest.load(dataset).splits["train"][0]
+        content = bytearray(storage.read_bytes(storage.join(dataset, part.path)))
+        content[len(content) // 2] ^= 1
+        storage.write_bytes(storage.join(dataset, part.path), bytes(content))
+        line = error_of("train", [dataset, "--runs", f"{bucket_uri}/runs", "--name", "damaged"], capsys)
+        assert storage.join(dataset, part.path) in line
+        assert part.sha256 in line
+        assert "--overwrite" in line
+
+    def test_other_settings_under_the_name_of_an_earlier_run(
+        self, ray_cluster: str, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = [digits, "--runs", bucket_uri, "--name", "a", "--hidden-sizes", "8", "--num-steps", "2"]
+        arguments = [*base, "--epochs", "1"]
+        assert import_module("jobs.train").main(arguments) == 0
+        first = capsys.readouterr().out
+        assert import_module("jobs.train").main(arguments) == 0
+        assert capsys.readouterr().out == first
+        line = error_of("train", [*base, "--epochs", "2", "--seed", "4"], capsys)
+        assert "epochs was 1 and is now 2" in line
+        assert "seed was 0 and is now 4" in line
+
+
+@pytest.mark.usefixtures("client_env")
+class TestRegistered:
+    def test_name_that_does_not_exist(self, digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for job, rest in (("evaluate", [digits]), ("sample", [str(tmp_path)])):
+            line = error_of(job, ["models:/infusion-nothing@champion", *rest], capsys)
+            assert "no model models:/infusion-nothing@champion" in line
+        assert "no model named 'infusion-nothing'" in error_of("promote", ["infusion-nothing"], capsys)
+
+
+class TestUnreachable:
+    def test_s3(self, closed_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        address = f"http://127.0.0.1:{closed_port}"
+        for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        for job, arguments in (
+            ("stage", ["digits", "s3://bucket/digits"]),
+            ("train", ["s3://bucket/digits", "--runs", "s3://bucket/runs"]),
+            ("evaluate", ["models:/a@champion", "s3://bucket/digits"]),
+        ):
+            line = error_of(job, arguments, capsys)
+            assert f"S3 server: {address}" in line
+            assert "failed after" in line
+
+    def test_mlflow(
+        self,
+        digits: str,
+        closed_port: int,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        address = f"http://127.0.0.1:{closed_port}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        line = error_of("train", [digits, "--runs", str(tmp_path)], capsys)
+        assert f"MLflow server at {address} (MLFLOW_TRACKING_URI) did not answer within" in line
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        assert "MLFLOW_TRACKING_URI is not set" in error_of("promote", ["infusion-digits"], capsys)

@@ -1,0 +1,221 @@
+"""Every job, submitted with `ray job submit` to a real cluster with a real S3 server and a real MLflow server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import load
+
+from pipeline import storage
+
+REPOSITORY = Path(__file__).parents[2]
+SMALL = ["--preset", "digits", "--hidden-sizes", "32,32", "--num-steps", "3", "--global-batch", "128"]
+
+Submit = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def submit(client_env: Mapping[str, str]) -> Submit:
+    """Submits a job as a user does, and returns the JSON object that it ended with."""
+
+    def run(*words: str) -> dict[str, Any]:
+        command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(REPOSITORY)]
+        environment = {**os.environ, **client_env}
+        done = subprocess.run(
+            [*command, "--", "python", "-m", *words, "--json"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        result: dict[str, Any] = json.loads(lines[-1])
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def dataset(submit: Submit) -> str:
+    """The digits, staged by a submitted job."""
+    address = f"s3://infusion/tests/{uuid.uuid4().hex}/digits"
+    staged = submit("jobs.stage", "digits", address)
+    assert staged["images"] == {"train": 1297, "valid": 250, "test": 250}
+    assert storage.exists(staged["manifest"])
+    return address
+
+
+def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: str, tmp_path: Path) -> None:
+    trained = submit(
+        *("jobs.train", dataset, "--runs", bucket_uri, "--name", "whole", "--num-workers", "2"),
+        *(*SMALL, "--epochs", "40", "--validate-every", "20", "--figures-every", "20"),
+    )
+    assert trained["challenger"] == "models:/infusion-digits@challenger"
+    client = MlflowClient()
+    version = client.get_model_version_by_alias("infusion-digits", "challenger")
+    assert trained["model"] == f"models:/infusion-digits/{version.version}"
+    run = client.get_run(version.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_id in trained["mlflow_run"]
+    assert run.data.params["hidden_sizes"] == "(32, 32)"
+    assert run.data.tags["mlflow.source.git.commit"]
+    objective = client.get_metric_history(run.info.run_id, "train/objective")
+    assert [point.step for point in objective] == list(range(1, 41))
+    bounds = client.get_metric_history(run.info.run_id, "valid/lower_bound")
+    assert [point.step for point in bounds] == [20, 40]
+    assert bounds[1].value > bounds[0].value
+    assert any(name.startswith("system/") for name in run.data.metrics)
+    for kind in ("sampling_chains", "infusion_chains"):
+        pictures = [file.path for file in client.list_artifacts(run.info.run_id, f"pictures/{kind}")]
+        assert pictures == [f"pictures/{kind}/epoch-00020.png", f"pictures/{kind}/epoch-00040.png"]
+    picture = client.download_artifacts(run.info.run_id, "pictures/sampling_chains/epoch-00040.png", str(tmp_path))
+    assert Image.open(picture).size == (2 + 5 * 58, 16 + 2 + 8 * 58)
+    assert {"config.json", "manifest.json", "curves.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+
+    evaluated = submit("jobs.evaluate", trained["challenger"], dataset)
+    assert evaluated["model"] == trained["model"]
+    assert evaluated["images"] == 250
+    assert evaluated["variance_floor"] == run.data.params.get("variance_floor", "") or evaluated["variance_floor"] > 0
+    assert evaluated["lower_bound_standard_error"] > 0
+    logged = client.get_run(version.run_id).data.metrics
+    assert logged["test/lower_bound"] == pytest.approx(evaluated["lower_bound"])
+    assert logged["test/baseline_log_likelihood"] == pytest.approx(evaluated["baseline_log_likelihood"])
+
+    promoted = submit("jobs.promote", "infusion-digits")
+    assert promoted["promoted"]
+    assert promoted["champion"] == trained["model"]
+
+    words = ("jobs.sample", "models:/infusion-digits@champion")
+    first = submit(*words, f"{bucket_uri}/a", "--num-samples", "12", "--num-steps", "7", "--seed", "3")
+    table = pq.read_table(Path(_fetched(first["table"], tmp_path / "a.parquet")))
+    assert table.num_rows == 12
+    assert first["num_steps"] == 7
+    assert Image.open(_fetched(first["grid"], tmp_path / "a.png")).size == (2 + 10 * 58, 2 + 2 * 58)
+
+
+def _fetched(uri: str, file: Path) -> Path:
+    file.write_bytes(storage.read_bytes(uri))
+    return file
+
+
+BARE_SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from pipeline.manifest import Manifest
+from pipeline.training import TrainConfig, Training, Worker
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + folder + "/rendezvous", rank=rank, world_size=2)
+training = Training(TrainConfig.from_json({config!r}), {dataset!r}, Manifest.load({dataset!r}), Worker(rank, 2))
+list(training.epochs())
+training.finish()
+torch.save(training.model.state_dict(), folder + f"/{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
+    client_env: Mapping[str, str], dataset: str, bucket_uri: str, tmp_path: Path, run_workers: Any
+) -> None:
+    """First a worker is killed in the middle of an epoch, then the job's driver; both with SIGKILL."""
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    jobs = JobSubmissionClient(client_env["RAY_API_SERVER_ADDRESS"])
+    words = [
+        *("python", "-m", "jobs.train", dataset, "--runs", bucket_uri, "--name", "killed", "--num-workers", "2"),
+        *(*SMALL, "--num-steps", "5", "--hidden-sizes", "128,128", "--global-batch", "64", "--json"),
+        *("--epochs", "60", "--validate-every", "10"),
+    ]
+
+    def start() -> str:
+        return jobs.submit_job(entrypoint=" ".join(words), runtime_env={"working_dir": str(REPOSITORY)})
+
+    def await_that(condition: Callable[[], Any], job: str) -> Any:
+        deadline = time.monotonic() + 180
+        while not (found := condition()):
+            assert jobs.get_job_status(job) in (JobStatus.PENDING, JobStatus.RUNNING), jobs.get_job_logs(job)
+            assert time.monotonic() < deadline, jobs.get_job_logs(job)
+            time.sleep(0.1)
+        return found
+
+    def checkpoints() -> set[str]:
+        folder = storage.join(bucket_uri, "killed")
+        return {
+            file.split("/checkpoint_")[1].split("/")[0] for file in storage.list_files(folder) if "/checkpoint_" in file
+        }
+
+    def workers() -> list[psutil.Process]:
+        return [process for process in _descendants_of_ray() if "RayTrainWorker" in _title(process)]
+
+    job = start()
+    seen = await_that(checkpoints, job)
+    victims = workers()
+    assert len(victims) == 2
+    victims[0].send_signal(signal.SIGKILL)
+    await_that(lambda: checkpoints() - seen and len(workers()) == 2, job)
+    assert not {process.pid for process in victims} & {process.pid for process in workers()}
+
+    folder = storage.join(bucket_uri, "killed")
+    run_id = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["mlflow_run"]["run_id"]
+    client = MlflowClient()
+    assert client.get_run(run_id).info.status == "RUNNING"
+    (driver,) = [p for p in _descendants_of_ray() if p.cmdline()[1:4] == words[1:4] and "killed" in p.cmdline()]
+    driver.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while client.get_run(run_id).info.status != "KILLED":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+    job = start()
+    while jobs.get_job_status(job) in (JobStatus.PENDING, JobStatus.RUNNING):
+        time.sleep(0.2)
+    logs = jobs.get_job_logs(job)
+    assert jobs.get_job_status(job) == JobStatus.SUCCEEDED, logs
+    assert "going on after epoch" in logs
+    assert client.get_run(run_id).info.status == "FINISHED"
+    steps = {point.step for point in client.get_metric_history(run_id, "train/objective")}
+    assert steps == set(range(1, 61))
+
+    config = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["config"]
+    script = tmp_path / "bare.py"
+    script.write_text(BARE_SCRIPT.format(config=config, dataset=dataset))
+    expected = run_workers(str(script))[0]
+    result = load(storage.read_bytes(storage.join(folder, "model", "model.safetensors")))
+    for name, tensor in expected.items():
+        assert tensor.equal(result[name]), name
+
+
+def _descendants_of_ray() -> list[psutil.Process]:
+    """The processes of this test run's Ray head."""
+    token = os.environ["RAY_AUTH_TOKEN_PATH"]
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RAY_AUTH_TOKEN_PATH") == token and process.pid != os.getpid():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

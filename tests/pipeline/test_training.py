@@ -1,0 +1,245 @@
+"""The bare loop: two workers against one, a run resumed against one that was not, and bounds that add up."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributions import Independent, Normal
+
+from infusion_core.gaussian import FactorialGaussian
+from infusion_core.model import InfusionModel, ModelConfig, save_model
+from infusion_core.noise import GeneratorNoise
+from infusion_core.pixels import dequantise
+from pipeline.bound_evaluation import BoundSums, chunk_share, load_chunks, sum_bound, sum_log_prob
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.shards import load_rows
+from pipeline.training import TrainConfig, Training, Worker, training_gaussian
+
+Digits = tuple[str, Manifest]
+
+CONFIG = TrainConfig(
+    model=ModelConfig(
+        image_shape=(8, 8, 1),
+        levels=17,
+        num_steps=3,
+        rate_increment=0.1,
+        hidden_sizes=(32, 32),
+        variance_floor=1e-3,
+    ),
+    epochs=4,
+    global_batch=128,
+    validate_every=2,
+    seed=7,
+)
+
+
+def tensors_of(training: Training) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+
+
+def without_rates(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in epoch.items() if not k.startswith("throughput/")} for epoch in history]
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(digits: Digits, tmp_path: Path) -> None:
+    whole = Training(CONFIG, *digits)
+    list(whole.epochs())
+
+    first = Training(CONFIG, *digits)
+    for report in first.epochs():
+        if report.epoch == 2:
+            break
+    first.save(tmp_path)
+    second = Training(CONFIG, *digits)
+    second.restore(tmp_path)
+    assert second.epoch == 2
+    assert [report.epoch for report in second.epochs()] == [3, 4]
+
+    assert without_rates(second.history) == without_rates(whole.history)
+    assert second.best_bound == whole.best_bound
+    for name, tensor in tensors_of(whole).items():
+        assert torch.equal(tensor, tensors_of(second)[name]), name
+    bounds = whole.finish(), second.finish()
+    assert bounds[0].mean == bounds[1].mean
+
+
+def test_training_raises_the_bound_of_the_best_model(digits: Digits) -> None:
+    config = dataclasses.replace(CONFIG, epochs=12, validate_every=1)
+    training = Training(config, *digits)
+    bounds = [report.metrics["valid/lower_bound"] for report in training.epochs()]
+    assert bounds[-1] > bounds[0] + 10
+    assert training.best_bound == max(bounds)
+    assert training.best_epoch == bounds.index(max(bounds)) + 1
+
+
+WORKER_SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from infusion_core.noise import GeneratorNoise
+from pipeline.manifest import Manifest
+from pipeline.training import TrainConfig, Training, Worker
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method="file://" + folder + "/rendezvous", rank=rank, world_size=2)
+spec = torch.load({spec!r})
+manifest = Manifest.load(spec["dataset"])
+training = Training(TrainConfig.from_json(spec["config"]), spec["dataset"], manifest, Worker(rank, 2))
+training.model.train()
+for step, images in enumerate(spec["batches"]):
+    training.train_step(images.chunk(2)[rank], GeneratorNoise.from_seed(step, rank))
+torch.save(training.model.state_dict(), folder + f"/{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+class ConcatenatedNoise:
+    """What two workers draw, each for its half of the batch, as one process's noise."""
+
+    def __init__(self, *parts: GeneratorNoise) -> None:
+        self.parts = parts
+
+    def _draw(self, kind: str, like: torch.Tensor, *arguments: float) -> torch.Tensor:
+        halves = zip(self.parts, like.chunk(2), strict=True)
+        return torch.cat([getattr(part, kind)(half, *arguments) for part, half in halves])
+
+    def normal_like(self, like: torch.Tensor) -> torch.Tensor:
+        return self._draw("normal_like", like)
+
+    def uniform_like(self, like: torch.Tensor) -> torch.Tensor:
+        return self._draw("uniform_like", like)
+
+    def bernoulli_like(self, like: torch.Tensor, probability: float) -> torch.Tensor:
+        return self._draw("bernoulli_like", like, probability)
+
+
+def test_two_workers_take_the_steps_of_one(digits: Digits, tmp_path: Path, run_workers) -> None:
+    dataset, manifest = digits
+    batches = load_rows(dataset, manifest, "train", 0, 3 * 128).split(128)
+    spec = tmp_path / "spec.pt"
+    torch.save({"config": CONFIG.to_json(), "dataset": dataset, "batches": batches}, spec)
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER_SCRIPT.format(spec=str(spec)))
+    ranks = run_workers(str(script))
+
+    alone = Training(CONFIG, dataset, manifest)
+    alone.model.train()
+    before = tensors_of(alone)
+    for step, images in enumerate(batches):
+        noise = ConcatenatedNoise(*(GeneratorNoise.from_seed(step, rank) for rank in range(2)))
+        alone.train_step(images, noise)
+    for name, tensor in tensors_of(alone).items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+        # Adam divides by the gradient's size: a step is about the learning rate long, whatever the gradient.
+        torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=0.02 * CONFIG.learning_rate, msg=name)
+    weight = "operator.linears.0.weight"
+    assert (before[weight] - tensors_of(alone)[weight]).abs().max() > CONFIG.learning_rate
+
+
+def test_the_bound_does_not_depend_on_the_number_of_workers(digits: Digits) -> None:
+    dataset, manifest = digits
+    model = InfusionModel(CONFIG.model, training_gaussian(manifest)).eval()
+
+    def part(rank: int, world_size: int) -> BoundSums:
+        chunks = chunk_share(manifest.rows("train"), rank, world_size)
+        return sum_bound(model, load_chunks(dataset, manifest, "train", chunks), seed=3)
+
+    whole = part(0, 1)
+    parts = sum((part(rank, 4).values for rank in range(4)), torch.zeros(5, dtype=torch.float64))
+    assert whole.count == manifest.rows("train")
+    torch.testing.assert_close(parts, whole.values, rtol=1e-12, atol=0)
+    assert whole.mean == pytest.approx(sum(whole.addends.values()))
+
+
+def test_the_bounds_standard_error_is_that_of_the_single_values(digits: Digits) -> None:
+    dataset, manifest = digits
+    gaussian = training_gaussian(manifest, variance_floor=1e-3)
+    chunks = list(load_chunks(dataset, manifest, "test", chunk_share(manifest.rows("test"), 0, 1)))
+    sums = sum_log_prob(gaussian, chunks, manifest.levels, seed=5)
+
+    values = []
+    for number, images in chunks:
+        x = dequantise(images, manifest.levels, GeneratorNoise.from_seed(5, number))
+        reference = Independent(Normal(gaussian.mean.double(), gaussian.variance.double().sqrt()), 3)
+        values.append(reference.log_prob(x.double()))
+    exact = torch.cat(values)
+    assert sums.count == len(exact) == 250
+    assert sums.mean == pytest.approx(exact.mean().item(), rel=1e-5)
+    assert sums.standard_error == pytest.approx((exact.std() / len(exact) ** 0.5).item(), rel=1e-4)
+
+
+def test_the_prior_is_the_training_splits_gaussian(digits: Digits) -> None:
+    dataset, manifest = digits
+    images = load_rows(dataset, manifest, "train", 0, manifest.rows("train"))
+    draws = torch.cat([dequantise(images, 17, GeneratorNoise.from_seed(i)) for i in range(40)])
+    expected = FactorialGaussian.fit(draws)
+    gaussian = training_gaussian(manifest)
+    torch.testing.assert_close(gaussian.mean, expected.mean, rtol=0, atol=5e-4)
+    torch.testing.assert_close(gaussian.variance, expected.variance, rtol=0.01, atol=1e-5)
+
+
+def test_streamed_images_train_as_well(digits: Digits) -> None:
+    config = dataclasses.replace(CONFIG, epochs=2)
+    training = Training(config, *digits, memory_limit=0)
+    assert "streamed" in training.images.placement
+    assert "memory" in Training(config, *digits).images.placement
+    reports = list(training.epochs())
+    assert reports[-1].metrics["train/images_seen"] == 2 * 10 * 128
+    assert reports[-1].metrics["valid/lower_bound"] > -1000
+
+
+def test_bfloat16_stays_close_to_float32(digits: Digits) -> None:
+    bounds = []
+    for precision in ("float32", "bfloat16"):
+        training = Training(dataclasses.replace(CONFIG, epochs=6, validate_every=6, precision=precision), *digits)
+        bounds += [report.metrics["valid/lower_bound"] for report in training.epochs() if report.validated]
+    assert bounds[0] != bounds[1]
+    assert bounds[1] == pytest.approx(bounds[0], abs=5)
+
+
+def test_a_diverged_training_ends_with_one_line(digits: Digits) -> None:
+    training = Training(dataclasses.replace(CONFIG, learning_rate=1e30), *digits)
+    with pytest.raises(UserError, match=r"diverged: the objective is .* in epoch \d; lower --learning-rate"):
+        list(training.epochs())
+
+
+@pytest.mark.parametrize(
+    ("change", "workers", "message"),
+    [
+        ({"image_shape": (28, 28, 1)}, 1, r"8 × 8 × 1 .* 28 × 28 × 1"),
+        ({"levels": 256}, 1, r"17 grey levels, but the model is for 256"),
+        ({}, 3, r"128 cannot be shared equally by 3 workers"),
+        ({"global_batch": 2000}, 1, r"2000 is more than the 1297 training images"),
+    ],
+)
+def test_what_does_not_fit_is_refused(digits: Digits, change: dict, workers: int, message: str) -> None:
+    model_fields = {k: v for k, v in change.items() if k != "global_batch"}
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, **model_fields),
+        global_batch=change.get("global_batch", CONFIG.global_batch),
+    )
+    with pytest.raises(UserError, match=message):
+        Training(config, *digits, worker=Worker(0, workers))
+
+
+def test_a_checkpoint_holds_the_best_model_beside_the_last(digits: Digits, tmp_path: Path) -> None:
+    training = Training(CONFIG, *digits)
+    for report in training.epochs():
+        if report.epoch == 2:
+            best = tensors_of(training)
+    training.best_epoch, training._best_weights = 2, best
+    training.save(tmp_path)
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    save_model(training.model, expected)
+    last = load_file(tmp_path / "last" / "model.safetensors")
+    for name, tensor in load_file(expected / "model.safetensors").items():
+        assert torch.equal(last[name], tensor)
+    stored = load_file(tmp_path / "best" / "model.safetensors")
+    for name, tensor in best.items():
+        assert torch.equal(stored[name], tensor), name
