@@ -22,7 +22,8 @@ import torch
 from benchmarks.bare import middle, run_bare
 from infusion_core.model import ModelConfig
 from infusion_core.sampling import sample_batches
-from pipeline.local_services import BUCKET, LocalServices
+from pipeline.local_servers import BUCKET
+from pipeline.local_services import LocalServices
 from pipeline.manifest import Manifest
 from pipeline.presets import mnist
 from pipeline.shards import load_rows
@@ -30,7 +31,7 @@ from pipeline.training import TrainConfig, new_model
 
 RESULTS = Path(__file__).with_name("results.json")
 THREADS = 2
-STEPS_PER_EPOCH = 12
+STEPS_PER_EPOCH = 6
 BATCH = 512
 
 
@@ -79,14 +80,14 @@ def main() -> int:
         print(f"{name:<34} {value:>12,.3f} {unit:<10} {goal or '-':<8} {note}", flush=True)
 
     print(f"{'name':<34} {'value':>12} {'unit':<10} {'goal':<8} note")
-    folder = Path(tempfile.mkdtemp(prefix="infusion-bench-"))
-    services = LocalServices(folder, ports="free")
-    try:
-        services.up()
-        os.environ.update(services.env())
-        measure(folder, add)
-    finally:
-        services.down(delete_data=True)
+    with tempfile.TemporaryDirectory(prefix="infusion-bench-") as name:
+        services = LocalServices(Path(name), ports="free")
+        try:
+            services.up()
+            os.environ.update(services.env())
+            measure(Path(name), add)
+        finally:
+            services.down(delete_data=True)
     RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     print(f"written to {RESULTS}")
     return 0

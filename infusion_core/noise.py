@@ -53,7 +53,29 @@ class GeneratorNoise:
 
     def bernoulli_like(self, like: Tensor, probability: float) -> Tensor:
         """See `Noise.bernoulli_like`."""
+        if like.device.type == "cpu" and 0 < probability <= _SPARSE_PROBABILITY:
+            return self._sparse_bernoulli_like(like, probability)
         return torch.empty_like(like, dtype=torch.bool).bernoulli_(probability, generator=self.generator)
+
+    def _sparse_bernoulli_like(self, like: Tensor, probability: float) -> Tensor:
+        # The gaps between the successes of independent trials are geometric: drawing these instead of the trials costs
+        # a CPU as much less as successes are rarer.
+        total = like.numel()
+        expected = total * probability
+        draws = int(expected + 6 * expected**0.5) + 8
+        positions, last = [], -1.0
+        while last < total:
+            gaps = torch.empty(draws, dtype=torch.float64).geometric_(probability, generator=self.generator)
+            positions.append(gaps.cumsum(0) + last)
+            last = float(positions[-1][-1])
+        successes = torch.cat(positions)
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[successes[successes < total].long()] = True
+        return mask.view(like.shape)
+
+
+# Above, drawing every trial is as cheap.
+_SPARSE_PROBABILITY = 0.25
 
 
 def derive_seed(entropy: Sequence[int]) -> int:

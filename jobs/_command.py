@@ -49,6 +49,11 @@ def run_job(
     else:
         width = max(len(name) for name in fields)
         for name, value in fields.items():
-            shown = f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
-            print(f"{name.replace('_', ' '):<{width}}  {shown}", flush=True)
+            print(f"{name.replace('_', ' '):<{width}}  {_shown(value)}", flush=True)
     return 0
+
+
+def _shown(value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return f"{value:g}" if 0 < abs(value) < 0.01 else f"{value:,.4f}".rstrip("0").rstrip(".")

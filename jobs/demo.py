@@ -27,6 +27,7 @@ class DemoResult:
     test_lower_bound: float
     baseline: float
     variance_floor: float
+    baseline_variance_floor: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,7 @@ def _demo(args: argparse.Namespace) -> DemoResult:
         test_lower_bound=figures["test_lower_bound"],
         baseline=figures["test_baseline_log_likelihood"],
         variance_floor=figures["test_variance_floor"],
+        baseline_variance_floor=figures["test_baseline_variance_floor"],
     )
 
 

@@ -5,7 +5,7 @@
 Gives the lower bound in nats per image and in bits per dimension, with its standard error and the variance floor that
 it was reached with, beside the log-likelihood of a Gaussian that has learnt means and variances only. The figures are
 logged to the MLflow run that trained the model. On a cluster whose head has no GPU, submit it with
-`ray job submit --entrypoint-num-gpus 1`.
+`ray job submit --entrypoint-num-gpus 1 … --use-gpu`.
 """
 
 import argparse
@@ -25,13 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("dataset", help="address of the staged data set")
     parser.add_argument("--split", choices=["train", "valid", "test"], default="test", help="(default: test)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all noise (default: 0)")
+    parser.add_argument("--use-gpu", action="store_true", help="compute on the GPU that the job was given")
     return run_job(parser, _evaluate, argv)
 
 
 def _evaluate(args: argparse.Namespace) -> "EvaluationResult":
     from pipeline.evaluation import evaluate
 
-    return evaluate(args.model, args.dataset, split=args.split, seed=args.seed)
+    return evaluate(args.model, args.dataset, split=args.split, seed=args.seed, use_gpu=args.use_gpu)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="mean",
         help="what is taken of the last transition: its mean, as in the paper, or a draw from it (default: mean)",
     )
+    parser.add_argument("--use-gpu", action="store_true", help="compute on the GPU that the job was given")
     return run_job(parser, _sample, argv)
 
 
@@ -45,6 +46,7 @@ def _sample(args: argparse.Namespace) -> "SamplingResult":
         num_steps=args.num_steps,
         seed=args.seed,
         last_step=args.last_step,
+        use_gpu=args.use_gpu,
     )
 
 

@@ -30,12 +30,27 @@ def connect() -> None:
         raise UserError(f"no Ray cluster at {address} (RAY_ADDRESS) after {seconds:.1f} s: {reason}") from error
 
 
-def capacity() -> dict[str, float]:
-    """Returns the most of each resource that the cluster can ever have: what it has, or may grow to."""
-    now = dict(ray.cluster_resources())
+def most_workers(per_worker: Mapping[str, float]) -> float:
+    """Returns how many workers the cluster could ever hold at once: on its nodes, or on those it may grow to.
+
+    Args:
+        per_worker: resources of one worker, all of which must be on one node.
+    """
+
+    def fitting(node: Mapping[str, float]) -> int:
+        amounts = [int(node.get(name, 0.0) / amount + 1e-9) for name, amount in per_worker.items() if amount > 0]
+        return min(amounts, default=0)
+
+    now = sum(fitting(node["Resources"]) for node in ray.nodes() if node["Alive"])
     # Private, but the only place that knows the limits of an autoscaled cluster; Ray Train asks it too.
-    limits = state.get_max_resources_from_cluster_config() or {}
-    return {name: max(now.get(name, 0.0), float(limits.get(name, 0.0))) for name in now.keys() | limits.keys()}
+    config = state.get_cluster_config()
+    kinds = config.node_group_configs if config else []
+    grown = sum(
+        fitting(kind.resources) * (kind.max_count if kind.max_count >= 0 else math.inf)
+        for kind in kinds
+        if fitting(kind.resources)
+    )
+    return max(now, grown)
 
 
 def check_capacity(num_workers: int, per_worker: Mapping[str, float]) -> None:
@@ -44,12 +59,10 @@ def check_capacity(num_workers: int, per_worker: Mapping[str, float]) -> None:
     Raises:
         UserError: it never can; the message says how many it could hold.
     """
-    most = capacity()
-    for resource, amount in per_worker.items():
-        if amount > 0 and num_workers * amount > most.get(resource, 0.0) + 1e-9:
-            fitting = math.floor(most.get(resource, 0.0) / amount + 1e-9)
-            raise UserError(
-                f"{num_workers} workers with {amount:g} {resource} each need {num_workers * amount:g} {resource}, but "
-                f"the cluster can never have more than {most.get(resource, 0.0):g}: that holds {fitting} such workers; "
-                "lower --num-workers (or --threads-per-worker), or enlarge the cluster"
-            )
+    most = most_workers(per_worker)
+    if num_workers > most:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in per_worker.items() if amount > 0)
+        raise UserError(
+            f"{num_workers} workers with {each} each can never run: the cluster holds {most:g} such workers at most; "
+            "lower --num-workers or --threads-per-worker, or enlarge the cluster"
+        )

@@ -72,7 +72,12 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
             storage.read_bytes(sampled["grid" if picture == "samples" else picture])
         )
     figures = ("variance_floor", "images", "lower_bound", "lower_bound_standard_error", "bits_per_dimension")
-    baseline = ("baseline_log_likelihood", "baseline_standard_error", "baseline_bits_per_dimension")
+    baseline = (
+        "baseline_variance_floor",
+        "baseline_log_likelihood",
+        "baseline_standard_error",
+        "baseline_bits_per_dimension",
+    )
     summary = {
         "figures": {
             **{f"test_{key}": evaluated[key] for key in (*figures, *baseline)},
@@ -120,7 +125,8 @@ def submit(submission_id: str, stage: str, repository: Path, words: list[str]) -
                 say(stage, line.rstrip())
     # What the command printed may have been cut short; the job's status and whole output are asked for.
     client = JobSubmissionClient(os.environ["RAY_API_SERVER_ADDRESS"])
-    info = client.get_job_info(submission_id)
+    while not (info := client.get_job_info(submission_id)).status.is_terminal():
+        time.sleep(0.5)
     if info.status != JobStatus.SUCCEEDED:
         raise UserError(f"job {submission_id} ended {info.status}: {info.message}; its output is above")
     last_line = client.get_job_logs(submission_id).rstrip().splitlines()[-1]

@@ -51,7 +51,11 @@ def register(model: InfusionModel, name: str, run: TrackedRun, tags: Mapping[str
                 if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
                     raise
             source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
-            registered = client.create_model_version(name, source, run.run_id, tags=dict(tags))
+            # A job that was killed after this line finds its version again.
+            earlier = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
+            registered = (
+                earlier[0] if earlier else client.create_model_version(name, source, run.run_id, tags=dict(tags))
+            )
             client.set_registered_model_alias(name, CHALLENGER, registered.version)
     return RegisteredModel.of(registered)
 

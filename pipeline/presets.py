@@ -12,7 +12,7 @@ def mnist() -> TrainConfig:
     """The paper's MNIST model (Section 4): 2 × 1200 units, T = 15, rates growing by 0.01 from 0, Adam, batch 512."""
     return TrainConfig(
         model=ModelConfig(image_shape=(28, 28, 1), num_steps=15, initial_rate=0.0, rate_increment=0.01),
-        epochs=1050,
+        epochs=1500,
         global_batch=512,
         learning_rate=1e-3,
         validate_every=1,

@@ -41,6 +41,12 @@ def promote(name: str) -> PromotionResult:
         return _promote(challenger, "there was no champion")
     if champion.version == challenger.version:
         return PromotionResult(False, "the challenger is the champion already", champion.uri, challenger.uri)
+    for model in (champion, challenger):
+        if missing := {"dataset_fingerprint", "valid/lower_bound", "variance_floor"} - set(model.tags):
+            raise UserError(
+                f"{model.uri} has no tag {sorted(missing)[0]!r}, which jobs.train sets; set the alias "
+                f"{registry.CHAMPION!r} by hand"
+            )
     if champion.tags["dataset_fingerprint"] != challenger.tags["dataset_fingerprint"]:
         raise UserError(
             f"{champion.uri} and {challenger.uri} were validated on different data, so that their bounds cannot be "

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ray.train import UserCallback
+from ray.train import ControllerError, UserCallback
 
 from pipeline.errors import UserError
 
@@ -14,7 +14,7 @@ class StopAtUserError(UserCallback):
         """Raises the worker's `UserError`, if it is one, in Ray Train's controller, which then tries no more."""
         for error in worker_exceptions.values():
             if cause := user_error(error):
-                raise cause
+                raise ControllerError(cause)
 
 
 def user_error(error: BaseException | None) -> UserError | None:
@@ -22,7 +22,7 @@ def user_error(error: BaseException | None) -> UserError | None:
     while error is not None:
         if isinstance(error, UserError):
             return UserError(*error.args)
-        inner = getattr(error, "cause", None) or error.__cause__
+        inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
         for failure in getattr(error, "worker_failures", {}).values():
             inner = inner or user_error(failure)
         error = inner

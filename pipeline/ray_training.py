@@ -6,6 +6,8 @@ checkpoint.
 """
 
 import json
+import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +16,6 @@ from typing import Any
 
 from ray.train import (
     CheckpointConfig,
-    ControllerError,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -34,6 +35,7 @@ from pipeline.train_worker import MODEL_FOLDER, OUTCOME_FILE, train_worker
 from pipeline.training import TrainConfig, check_fit
 
 _RUN_FILE = "run.json"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class TrainResult:
         valid_lower_bound: of the finished model, nats per image.
         valid_bits_per_dimension: the same in bits.
         variance_floor: that these figures were reached with.
-        train_images_per_second: median over the epochs of the last submission.
+        train_images_per_second: median over the epochs.
     """
 
     run: str
@@ -108,6 +110,10 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
     Raises:
         UserError: something that the user can mend is wrong; nothing was started, or what there is can be resumed.
     """
+    if not _RUN_NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot be the name of a run; use letters, digits, '.', '_' and '-'")
+    # Workers have another working directory than this process.
+    dataset, store = storage.absolute(dataset), storage.absolute(store)
     for uri in (dataset, store):
         storage.check_reachable(uri)
     tracking.check_reachable()
@@ -119,6 +125,11 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
         _check_same(earlier, config, manifest, name)
         if "result" in earlier:
             return TrainResult(**earlier["result"])
+        if earlier["num_workers"] != resources.num_workers:
+            sys.stderr.write(
+                f"{name} was started with {earlier['num_workers']} workers and goes on with {resources.num_workers}: "
+                "each draws its own noise, so that the result will differ from that of an undisturbed run\n"
+            )
     cluster.connect()
     cluster.check_capacity(resources.num_workers, resources.per_worker)
     with tracking.owned_run(
@@ -138,6 +149,7 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
             "dataset": dataset,
             "dataset_fingerprint": manifest.origin.fingerprint,
             "mlflow_run": asdict(run),
+            "num_workers": resources.num_workers,
         }
         run.log_file("config.json", _json({**record, "resources": asdict(resources)}))
         run.log_file("manifest.json", manifest.to_json().encode())
@@ -197,10 +209,6 @@ def _fit(config: TrainConfig, dataset: str, store: str, name: str, resources: Re
     )
     try:
         trainer.fit()
-    except ControllerError as error:
-        if isinstance(error.controller_failure, UserError):
-            raise error.controller_failure from error
-        raise
     except TrainingFailedError as error:
         if cause := user_error(error):
             raise cause from error
@@ -228,6 +236,7 @@ def _register(config: TrainConfig, manifest: Manifest, folder: str, name: str, r
             "valid/lower_bound": str(bound),
             "variance_floor": str(config.model.variance_floor),
             "dataset_fingerprint": manifest.origin.fingerprint,
+            "best_epoch": str(outcome["best_epoch"]),
             "run": name,
         },
     )

@@ -9,8 +9,12 @@ none. An owner that has ended the run itself writes `done`.
 The process waits in `read` and imports nothing heavy before it is needed: it costs some 10 MB and no time.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -24,35 +28,47 @@ class RunGuard:
         self._run_id = run_id
 
     def __enter__(self) -> Self:
-        # A session of its own: the signal that ends a job goes to the job's process group.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.run_guard", self._run_id],
             stdin=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            cwd=Path(__file__).parents[1],
         )
+        # What was started forks and ends at once (see `main`).
+        self._process.wait()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._write("")
 
     def dismiss(self) -> None:
-        """Tells the guard that the run has been ended, and waits for it to go."""
-        self.leave(DONE)
-        self._process.wait()
+        """Tells the guard that the run has been ended."""
+        self._write(DONE)
 
     def leave(self, status: str) -> None:
         """Tells the guard to end the run with `status` once this process is gone."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(status + "\n")
-        self._process.stdin.close()
+        self._write(status)
+
+    def _write(self, words: str) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        # Whoever killed the guard wants everything to end: that is no reason to fail.
+        with contextlib.suppress(BrokenPipeError):
+            if not pipe.closed:
+                pipe.write(words)
+                pipe.close()
 
 
 def main(run_id: str) -> None:
     """Waits for the owner's end, then ends the run if need be."""
+    # Ray ends a job with all that descends from it: the guard must not.
+    if os.fork():
+        os._exit(0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     words = sys.stdin.read().split()
     status = words[-1] if words else "KILLED"
     if status == DONE:

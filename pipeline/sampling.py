@@ -9,7 +9,6 @@ import torch
 from infusion_core.noise import GeneratorNoise
 from infusion_core.sampling import LastStep, sample_batches
 from pipeline import model_package, registry, storage, tracking
-from pipeline.evaluation import default_device
 from pipeline.figures import png, samples_picture, sampling_chains_picture
 from pipeline.progress import Progress
 
@@ -48,7 +47,7 @@ def sample(
     num_steps: int | None = None,
     seed: int = 0,
     last_step: LastStep = "mean",
-    device: torch.device | None = None,
+    use_gpu: bool = False,
 ) -> SamplingResult:
     """Draws samples from a registered model and writes `samples.png`, `chains.png` and `samples.parquet`.
 
@@ -61,7 +60,7 @@ def sample(
         num_steps: length of the chain; as in training by default.
         seed: of all noise.
         last_step: what is taken of the last transition: its mean, or a draw from it.
-        device: where to compute; by default a GPU if this process has one.
+        use_gpu: compute on this process's GPU.
 
     Raises:
         UserError: the model cannot be had, or the destination cannot be written.
@@ -70,7 +69,7 @@ def sample(
     storage.check_reachable(destination)
     tracking.check_reachable()
     registered = registry.find(model_uri)
-    model = model_package.load(registered).to(device or default_device())
+    model = model_package.load(registered).to("cuda" if use_gpu else "cpu")
     steps = model.config.num_steps if num_steps is None else num_steps
     batches = sample_batches(model, num_samples, seed, num_steps=steps, last_step=last_step)
     with Progress("sample", num_samples, "samples") as progress:

@@ -5,6 +5,7 @@ and a run that was theirs would stay RUNNING for ever. Workers write to it by it
 itself be killed, a small process that outlives it ends the run (`pipeline.run_guard`).
 """
 
+import http.client
 import math
 import os
 import subprocess
@@ -56,9 +57,9 @@ def check_reachable() -> None:
     while True:
         try:
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACHABLE_WITHIN_SECONDS / 2).close()
-        except urllib.error.HTTPError:
-            return  # it answers, if only that it has no such page
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+                return  # it answers, if only that it has no such page
             seconds = time.monotonic() - start
             if seconds > REACHABLE_WITHIN_SECONDS / 2:
                 reason = getattr(error, "reason", error)
@@ -174,11 +175,14 @@ def owned_run(
             raise
         finally:
             try:
-                client.set_terminated(run.run_id, status)
-            except MlflowException:
+                with mlflow_errors(f"end run {run.run_id} as {status}"):
+                    client.set_terminated(run.run_id, status)
+                guard.dismiss()
+            except UserError:
                 guard.leave(status)
-                raise
-            guard.dismiss()
+                # Otherwise the error that is under way is the one to be seen.
+                if status == "FINISHED":
+                    raise
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:

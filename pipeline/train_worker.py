@@ -82,13 +82,18 @@ def _with_progress(training: Training, label: str, chief: bool) -> Iterator[Epoc
     if not chief:
         yield from training.epochs()
         return
-    total = training.config.epochs
-    with Progress(f"train {label}", total, "epochs", done=training.epoch, interval=5) as progress:
-        note = ""
-        for report in training.epochs():
+    batch = training.config.global_batch
+    images_per_epoch = training.steps_per_epoch * batch
+    total, done = training.config.epochs * images_per_epoch, training.epoch * images_per_epoch
+    with Progress(f"train {label}", total, "images", done=done, interval=10) as progress:
+        bound = ""
+
+        def on_step() -> None:
+            progress.advance(batch, note=f"epoch {training.epoch} of {training.config.epochs}{bound}")
+
+        for report in training.epochs(on_step):
             if report.validated:
-                note = f"valid lower bound {report.metrics['valid/lower_bound']:.2f} nats at epoch {report.epoch}"
-            progress.advance(note=note)
+                bound = f"; valid lower bound {report.metrics['valid/lower_bound']:.2f} nats after epoch {report.epoch}"
             yield report
 
 

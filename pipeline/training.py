@@ -11,7 +11,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
@@ -35,7 +35,7 @@ from infusion_core.pixels import bits_per_dimension, dequantise, fit_to_pixels
 from pipeline.bound_evaluation import CHUNK_IMAGES, BoundSums, Chunk, chunk_share, load_chunks, sum_bound
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from pipeline.training_images import open_training_images
+from pipeline.training_images import TrainingImages, open_training_images
 
 RESIDENT_VALIDATION_BYTES = 512 * 2**20
 
@@ -58,7 +58,7 @@ class TrainConfig:
         validate_every: epochs between two validations; each makes a checkpoint.
         figures_every: epochs between two sets of pictures; rounded up to a validation.
         statistics_images: training images that batch statistics are estimated from before a validation; the final
-            model's are estimated from all.
+            model's are estimated from all whole batches.
 
     Raises:
         UserError: a value is out of range.
@@ -144,20 +144,32 @@ def check_fit(config: TrainConfig, dataset: str, manifest: Manifest, world_size:
     Raises:
         UserError: they do not.
     """
-    if config.model.image_shape != manifest.image_shape:
+    check_images(config.model, dataset, manifest)
+    if config.global_batch % world_size or config.global_batch < 2 * world_size:
         raise UserError(
-            f"{dataset} holds images of shape {_by(manifest.image_shape)} (height × width × channels), but the "
-            f"model is for {_by(config.model.image_shape)}; choose another preset or data set, or set --image-shape"
+            f"global_batch {config.global_batch} cannot be shared equally by {world_size} workers, 2 each at least"
         )
-    if config.model.levels != manifest.levels:
-        raise UserError(
-            f"{dataset} has {manifest.levels} grey levels, but the model is for {config.model.levels}; set --levels"
-        )
-    if config.global_batch % world_size:
-        raise UserError(f"global_batch {config.global_batch} cannot be shared equally by {world_size} workers")
     if config.global_batch > manifest.rows("train"):
         raise UserError(
             f"global_batch {config.global_batch} is more than the {manifest.rows('train')} training images of {dataset}"
+        )
+
+
+def check_images(model: ModelConfig, dataset: str, manifest: Manifest) -> None:
+    """Checks that a model is of images as those of a data set.
+
+    Raises:
+        UserError: shape or grey levels differ.
+    """
+    if model.image_shape != manifest.image_shape:
+        raise UserError(
+            f"{dataset} holds images of shape {_by(manifest.image_shape)} (height × width × channels), but the model "
+            f"is for {_by(model.image_shape)}; choose another data set, or another model or preset"
+        )
+    if model.levels != manifest.levels:
+        raise UserError(
+            f"{dataset} has {manifest.levels} grey levels, but the model is for {model.levels}; "
+            "choose another data set, or another model or preset"
         )
 
 
@@ -200,17 +212,23 @@ class Training:
         self.model = new_model(config, manifest).to(self.worker.device)
         self._optimizer = torch.optim.Adam(self.model.operator.parameters(), lr=config.learning_rate, fused=True)
         self._operator = _distributed(self.model.operator, self.worker)
-        self.images = open_training_images(
-            dataset, manifest, "train", self.worker.rank, self.worker.world_size, self.worker.device, memory_limit
-        )
+        self.images = self._open_images(memory_limit)
         self._resident_validation: list[Chunk] | None = None
         self._batch = config.global_batch // self.worker.world_size
         self.steps_per_epoch = manifest.rows("train") // self.worker.world_size // self._batch
-        if config.precision == "tf32":
-            torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
 
-    def epochs(self) -> Iterator[EpochReport]:
+    def _open_images(self, memory_limit: int | None) -> TrainingImages:
+        worker = self.worker
+        return open_training_images(
+            self.dataset, self.manifest, "train", worker.rank, worker.world_size, worker.device, memory_limit
+        )
+
+    def epochs(self, on_step: Callable[[], None] | None = None) -> Iterator[EpochReport]:
         """Trains to the last epoch, from the first or from where `restore` left off; yields after every epoch.
+
+        Args:
+            on_step: called after every training step.
 
         Raises:
             UserError: the training diverged.
@@ -218,11 +236,12 @@ class Training:
         while self.epoch < self.config.epochs:
             self.epoch += 1
             last = self.epoch == self.config.epochs
-            metrics = self._train_epoch()
+            metrics = self._train_epoch(on_step or (lambda: None))
             validated = last or self.epoch % self.config.validate_every == 0
             if validated:
                 self.estimate_statistics(self.config.statistics_images)
                 bound = self.validate()
+                self._check_finite("validation lower bound", bound.mean)
                 metrics |= bound_metrics("valid", bound, self.config.model)
                 if bound.mean > self.best_bound:
                     self.best_bound, self.best_epoch = bound.mean, self.epoch
@@ -245,7 +264,7 @@ class Training:
         previous = self.epoch - self.config.validate_every
         return last or self.epoch // every > max(previous, 0) // every
 
-    def _train_epoch(self) -> dict[str, float]:
+    def _train_epoch(self, on_step: Callable[[], None]) -> dict[str, float]:
         config, worker = self.config, self.worker
         noise = GeneratorNoise.from_seed(config.seed, _Stream.NOISE, self.epoch, worker.rank, device=worker.device)
         objective = torch.zeros((), dtype=torch.float64, device=worker.device)
@@ -254,19 +273,24 @@ class Training:
         batches = self.images.batches(self._batch, config.seed, _Stream.ORDER, self.epoch, worker.rank)
         for images in islice(batches, self.steps_per_epoch):
             objective -= self.train_step(images, noise)
+            on_step()
         mean = float(_all_reduced(objective)) / (self.steps_per_epoch * worker.world_size)
         seconds = _now(worker.device) - start
-        if not math.isfinite(mean):
-            raise UserError(
-                f"the training diverged: the objective is {mean} in epoch {self.epoch}; lower --learning-rate "
-                f"(now {config.learning_rate:g}) or raise --variance-floor (now {config.model.variance_floor:g})"
-            )
+        self._check_finite("objective", mean)
         images_per_epoch = self.steps_per_epoch * config.global_batch
         return {
             "train/objective": mean,
             "train/images_seen": float(self.epoch * images_per_epoch),
             "throughput/train_images_per_second": images_per_epoch / seconds,
         }
+
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise UserError(
+                f"the training diverged: the {name} is {value} in epoch {self.epoch}; lower --learning-rate "
+                f"(now {self.config.learning_rate:g}) or raise --variance-floor "
+                f"(now {self.config.model.variance_floor:g})"
+            )
 
     def train_step(self, images: Tensor, noise: Noise) -> Tensor:
         """Takes one step; returns the batch's loss, a constant."""
@@ -328,12 +352,25 @@ class Training:
             best = InfusionModel(self.config.model)
             best.load_state_dict(self._best_weights)
             save_model(best, folder / "best")
-        state = {"epoch": self.epoch, "best_epoch": self.best_epoch, "best_bound": self.best_bound}
+        state = {
+            "epoch": self.epoch,
+            "best_epoch": self.best_epoch,
+            "best_bound": self.best_bound,
+            "streamed": self.images.streamed,
+        }
         (folder / "state.json").write_text(json.dumps({**state, "history": self.history}))
 
     def restore(self, folder: Path) -> None:
-        """Goes back to where `save` was called."""
+        """Goes back to where `save` was called.
+
+        Images that were streamed are streamed again, since that decides on their order. Should images that were kept in
+        memory no longer fit, the run goes on with streamed ones, and a warning says that its bits will differ.
+        """
         state = json.loads((folder / "state.json").read_text())
+        if state["streamed"] and not self.images.streamed:
+            self.images = self._open_images(0)
+        elif self.images.streamed and not state["streamed"]:
+            warnings.warn("images that were in memory are streamed now, in another order than before", stacklevel=2)
         self.epoch, self.history = state["epoch"], state["history"]
         self.best_epoch, self.best_bound = state["best_epoch"], state["best_bound"]
         self.model.load_state_dict(load_model(folder / "last").state_dict())

@@ -21,6 +21,11 @@ class TrainingImages(Protocol):
         """Where the images are kept, for the log."""
         ...
 
+    @property
+    def streamed(self) -> bool:
+        """Whether they are read anew in every epoch, which gives them another order than images kept in memory."""
+        ...
+
     def batches(self, batch_size: int, *entropy: int) -> Iterator[Tensor]:
         """Yields uint8 batches `(batch_size, C, H, W)` on the worker's device.
 
@@ -69,6 +74,8 @@ def _free_host_memory() -> int:
 
 
 class _ResidentImages:
+    streamed = False
+
     def __init__(self, images: Tensor, device: torch.device) -> None:
         self._images = images
         self._device = device
@@ -86,6 +93,8 @@ class _ResidentImages:
 
 
 class _StreamedImages:
+    streamed = True
+
     def __init__(self, dataset: str, manifest: Manifest, split: str, rows: range, device: torch.device) -> None:
         self._dataset = dataset
         self._manifest = manifest

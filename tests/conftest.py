@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import infusion_core
-from pipeline.local_services import BUCKET, LocalServices
+from pipeline.local_servers import BUCKET
+from pipeline.local_services import LocalServices
 
 SECONDS_FOR_WORKERS = 300
 

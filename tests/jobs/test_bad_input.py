@@ -1,12 +1,14 @@
 """What is wrong outside of the program is one clear line and a non-zero exit."""
 
-import os
+import json
 import socket
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import ray
+from mlflow import MlflowClient
 
 from pipeline import sources, storage
 from pipeline.manifest import Manifest
@@ -82,10 +84,12 @@ class TestTrain:
     def test_more_workers_than_the_cluster_can_hold(
         self, ray_cluster: str, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = [digits, "--runs", bucket_uri, "--num-workers", "64"]
-        line = error_of("train", arguments, capsys)
-        assert "64 workers with 1 CPU each need 64 CPU" in line
-        assert f"that holds {os.cpu_count()} such workers" in line
+        cpus = int(ray.cluster_resources()["CPU"])
+        line = error_of("train", [digits, "--runs", bucket_uri, "--num-workers", "128"], capsys)
+        assert "128 workers with 1 CPU each can never run" in line
+        assert f"holds {cpus} such workers at most" in line
+        line = error_of("train", [digits, "--runs", bucket_uri, "--threads-per-worker", str(cpus + 1)], capsys)
+        assert f"1 workers with {cpus + 1} CPU each can never run: the cluster holds 0 such workers at most" in line
         assert storage.list_files(bucket_uri) == []
 
     def test_damaged_parquet_file(self, ray_cluster: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,16 +103,22 @@ class TestTrain:
         assert storage.join(dataset, part.path) in line
         assert part.sha256 in line
         assert "--overwrite" in line
+        run_id = json.loads(storage.read_bytes(f"{bucket_uri}/runs/damaged/run.json"))["mlflow_run"]["run_id"]
+        assert MlflowClient().get_run(run_id).info.status == "FAILED"
 
     def test_other_settings_under_the_name_of_an_earlier_run(
         self, ray_cluster: str, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        base = [digits, "--runs", bucket_uri, "--name", "a", "--hidden-sizes", "8", "--num-steps", "2"]
-        arguments = [*base, "--epochs", "1"]
-        assert import_module("jobs.train").main(arguments) == 0
-        first = capsys.readouterr().out
-        assert import_module("jobs.train").main(arguments) == 0
-        assert capsys.readouterr().out == first
+        dataset = f"{bucket_uri}/again"
+        stage(sources.digits(), dataset)
+        base = [dataset, "--runs", bucket_uri, "--name", "a", "--preset", "digits", "--hidden-sizes", "8"]
+        arguments = [*base, "--epochs", "1", "--json"]
+        results = []
+        for _ in range(2):
+            assert import_module("jobs.train").main(arguments) == 0
+            results.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        assert results[0] == results[1]
+        assert results[0]["model"] == "models:/infusion-again/1"
         line = error_of("train", [*base, "--epochs", "2", "--seed", "4"], capsys)
         assert "epochs was 1 and is now 2" in line
         assert "seed was 0 and is now 4" in line

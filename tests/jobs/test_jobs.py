@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load
 
-from pipeline import storage
+from pipeline import demo, storage, tracking
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--preset", "digits", "--hidden-sizes", "32,32", "--num-steps", "3", "--global-batch", "128"]
@@ -30,21 +28,10 @@ Submit = Callable[..., dict[str, Any]]
 def submit(client_env: Mapping[str, str]) -> Submit:
     """Submits a job as a user does, and returns the JSON object that it ended with."""
 
-    def run(*words: str) -> dict[str, Any]:
-        command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", str(REPOSITORY)]
-        environment = {**os.environ, **client_env}
-        done = subprocess.run(
-            [*command, "--", "python", "-m", *words, "--json"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
+    def run(job: str, *words: str) -> dict[str, Any]:
+        return demo.submit(
+            f"{job}-{uuid.uuid4().hex}", job, REPOSITORY, ["python", "-m", f"jobs.{job}", *words, "--json"]
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        result: dict[str, Any] = json.loads(lines[-1])
-        return result
 
     return run
 
@@ -53,7 +40,7 @@ def submit(client_env: Mapping[str, str]) -> Submit:
 def dataset(submit: Submit) -> str:
     """The digits, staged by a submitted job."""
     address = f"s3://infusion/tests/{uuid.uuid4().hex}/digits"
-    staged = submit("jobs.stage", "digits", address)
+    staged = submit("stage", "digits", address)
     assert staged["images"] == {"train": 1297, "valid": 250, "test": 250}
     assert storage.exists(staged["manifest"])
     return address
@@ -61,8 +48,8 @@ def dataset(submit: Submit) -> str:
 
 def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: str, tmp_path: Path) -> None:
     trained = submit(
-        *("jobs.train", dataset, "--runs", bucket_uri, "--name", "whole", "--num-workers", "2"),
-        *(*SMALL, "--epochs", "40", "--validate-every", "20", "--figures-every", "20"),
+        *("train", dataset, "--runs", bucket_uri, "--name", "whole", "--num-workers", "2"),
+        *(*SMALL, "--epochs", "80", "--validate-every", "40", "--figures-every", "40"),
     )
     assert trained["challenger"] == "models:/infusion-digits@challenger"
     client = MlflowClient()
@@ -72,39 +59,47 @@ def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: s
     assert run.info.status == "FINISHED"
     assert run.info.run_id in trained["mlflow_run"]
     assert run.data.params["hidden_sizes"] == "(32, 32)"
-    assert run.data.tags["mlflow.source.git.commit"]
+    assert run.data.tags["mlflow.source.git.commit"] == tracking.git_commit() != "unknown"
     objective = client.get_metric_history(run.info.run_id, "train/objective")
-    assert [point.step for point in objective] == list(range(1, 41))
+    assert [point.step for point in objective] == list(range(1, 81))
     bounds = client.get_metric_history(run.info.run_id, "valid/lower_bound")
-    assert [point.step for point in bounds] == [20, 40]
+    assert [point.step for point in bounds] == [40, 80]
     assert bounds[1].value > bounds[0].value
     assert any(name.startswith("system/") for name in run.data.metrics)
     for kind in ("sampling_chains", "infusion_chains"):
         pictures = [file.path for file in client.list_artifacts(run.info.run_id, f"pictures/{kind}")]
-        assert pictures == [f"pictures/{kind}/epoch-00020.png", f"pictures/{kind}/epoch-00040.png"]
-    picture = client.download_artifacts(run.info.run_id, "pictures/sampling_chains/epoch-00040.png", str(tmp_path))
+        assert pictures == [f"pictures/{kind}/epoch-00040.png", f"pictures/{kind}/epoch-00080.png"]
+    picture = client.download_artifacts(run.info.run_id, "pictures/sampling_chains/epoch-00080.png", str(tmp_path))
     assert Image.open(picture).size == (2 + 5 * 58, 16 + 2 + 8 * 58)
     assert {"config.json", "manifest.json", "curves.png"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
 
-    evaluated = submit("jobs.evaluate", trained["challenger"], dataset)
+    evaluated = submit("evaluate", trained["challenger"], dataset)
     assert evaluated["model"] == trained["model"]
     assert evaluated["images"] == 250
-    assert evaluated["variance_floor"] == run.data.params.get("variance_floor", "") or evaluated["variance_floor"] > 0
+    assert evaluated["variance_floor"] == float(run.data.params["variance_floor"]) == 5e-3
+    assert evaluated["baseline_log_likelihood"] == pytest.approx(27, abs=2)
     assert evaluated["lower_bound_standard_error"] > 0
     logged = client.get_run(version.run_id).data.metrics
     assert logged["test/lower_bound"] == pytest.approx(evaluated["lower_bound"])
     assert logged["test/baseline_log_likelihood"] == pytest.approx(evaluated["baseline_log_likelihood"])
 
-    promoted = submit("jobs.promote", "infusion-digits")
+    promoted = submit("promote", "infusion-digits")
     assert promoted["promoted"]
     assert promoted["champion"] == trained["model"]
+    assert client.get_model_version_by_alias("infusion-digits", "champion").version == version.version
 
-    words = ("jobs.sample", "models:/infusion-digits@champion")
-    first = submit(*words, f"{bucket_uri}/a", "--num-samples", "12", "--num-steps", "7", "--seed", "3")
-    table = pq.read_table(Path(_fetched(first["table"], tmp_path / "a.parquet")))
-    assert table.num_rows == 12
-    assert first["num_steps"] == 7
-    assert Image.open(_fetched(first["grid"], tmp_path / "a.png")).size == (2 + 10 * 58, 2 + 2 * 58)
+    drawn = {}
+    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
+        sampled = submit(
+            *("sample", "models:/infusion-digits@champion", f"{bucket_uri}/{name}"),
+            *("--num-samples", "12", "--num-steps", "7", "--seed", seed),
+        )
+        assert sampled["num_steps"] == 7
+        drawn[name] = pq.read_table(_fetched(sampled["table"], tmp_path / f"{name}.parquet"))["image"].to_pylist()
+    assert len(drawn["a"]) == 12
+    assert drawn["a"] == drawn["b"] != drawn["c"]
+    assert Image.open(_fetched(sampled["grid"], tmp_path / "grid.png")).size == (2 + 10 * 58, 2 + 2 * 58)
+    assert Image.open(_fetched(sampled["chains"], tmp_path / "chains.png")).size == (2 + 9 * 58, 16 + 2 + 8 * 58)
 
 
 def _fetched(uri: str, file: Path) -> Path:
@@ -140,7 +135,7 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
     words = [
         *("python", "-m", "jobs.train", dataset, "--runs", bucket_uri, "--name", "killed", "--num-workers", "2"),
         *(*SMALL, "--num-steps", "5", "--hidden-sizes", "128,128", "--global-batch", "64", "--json"),
-        *("--epochs", "60", "--validate-every", "10"),
+        *("--epochs", "100", "--validate-every", "10"),
     ]
 
     def start() -> str:
@@ -154,28 +149,25 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
             time.sleep(0.1)
         return found
 
-    def checkpoints() -> set[str]:
-        folder = storage.join(bucket_uri, "killed")
-        return {
-            file.split("/checkpoint_")[1].split("/")[0] for file in storage.list_files(folder) if "/checkpoint_" in file
-        }
+    def logged(words: str) -> bool:
+        return words in jobs.get_job_logs(job)
 
     def workers() -> list[psutil.Process]:
         return [process for process in _descendants_of_ray() if "RayTrainWorker" in _title(process)]
 
     job = start()
-    seen = await_that(checkpoints, job)
+    await_that(lambda: logged("nats after epoch 10"), job)
     victims = workers()
     assert len(victims) == 2
     victims[0].send_signal(signal.SIGKILL)
-    await_that(lambda: checkpoints() - seen and len(workers()) == 2, job)
+    await_that(lambda: logged("going on after epoch"), job)
     assert not {process.pid for process in victims} & {process.pid for process in workers()}
 
     folder = storage.join(bucket_uri, "killed")
     run_id = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["mlflow_run"]["run_id"]
     client = MlflowClient()
     assert client.get_run(run_id).info.status == "RUNNING"
-    (driver,) = [p for p in _descendants_of_ray() if p.cmdline()[1:4] == words[1:4] and "killed" in p.cmdline()]
+    (driver,) = [p for p in _descendants_of_ray() if _title(p).split()[1:4] == words[1:4]]
     driver.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 120
     while client.get_run(run_id).info.status != "KILLED":
@@ -187,10 +179,11 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
         time.sleep(0.2)
     logs = jobs.get_job_logs(job)
     assert jobs.get_job_status(job) == JobStatus.SUCCEEDED, logs
+    assert "2 workers, images in cpu memory" in logs
     assert "going on after epoch" in logs
     assert client.get_run(run_id).info.status == "FINISHED"
     steps = {point.step for point in client.get_metric_history(run_id, "train/objective")}
-    assert steps == set(range(1, 61))
+    assert steps == set(range(1, 101))
 
     config = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["config"]
     script = tmp_path / "bare.py"
@@ -219,3 +212,29 @@ def _title(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+def test_a_job_that_is_stopped_leaves_no_run_running(
+    client_env: Mapping[str, str], dataset: str, bucket_uri: str
+) -> None:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    jobs = JobSubmissionClient(client_env["RAY_API_SERVER_ADDRESS"])
+    words = ["python", "-m", "jobs.train", dataset, "--runs", bucket_uri, "--name", "stopped", "--epochs", "100000"]
+    job = jobs.submit_job(entrypoint=" ".join(words), runtime_env={"working_dir": str(REPOSITORY)})
+    file = storage.join(bucket_uri, "stopped", "run.json")
+    deadline = time.monotonic() + 180
+    while not storage.exists(file):
+        assert time.monotonic() < deadline, jobs.get_job_logs(job)
+        time.sleep(0.2)
+    run_id = json.loads(storage.read_bytes(file))["mlflow_run"]["run_id"]
+    client = MlflowClient()
+    assert client.get_run(run_id).info.status == "RUNNING"
+    jobs.stop_job(job)
+    while client.get_run(run_id).info.status == "RUNNING":
+        assert time.monotonic() < deadline, jobs.get_job_logs(job)
+        time.sleep(0.2)
+    assert client.get_run(run_id).info.status == "KILLED"
+    while jobs.get_job_status(job) != JobStatus.STOPPED:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)

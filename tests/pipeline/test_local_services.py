@@ -16,7 +16,8 @@ from botocore.exceptions import ClientError
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.local_services import LocalServices, choose_port, is_free, last_meaningful_line
+from pipeline.local_processes import choose_port, is_free, last_meaningful_line
+from pipeline.local_services import LocalServices
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOOPBACK = {"127.0.0.1", "::ffff:127.0.0.1"}

@@ -136,7 +136,7 @@ class TestModels:
             "numpy.save('b.npy', model.predict(few, params={'seed': 6, 'num_steps': 6}))\n"
         )
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        environment |= {**client_env, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+        environment |= {**client_env, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, timeout=300)
         drawn, others = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
         assert drawn.shape == (7, 5, 4, 1)
