@@ -49,6 +49,7 @@ class EvaluationResult:
         baseline_log_likelihood: mean log-likelihood of a factorial Gaussian fitted to the training split: what is
             reached without learning anything but means and variances.
         baseline_standard_error: of that mean.
+        baseline_at_model_floor: the same Gaussian's log-likelihood with the model's variance floor.
         baseline_bits_per_dimension: the baseline in bits.
         mlflow_run: where the figures were logged: the run that trained the model.
     """
@@ -64,6 +65,7 @@ class EvaluationResult:
     baseline_variance_floor: float
     baseline_log_likelihood: float
     baseline_standard_error: float
+    baseline_at_model_floor: float
     baseline_bits_per_dimension: float
     mlflow_run: str
 
@@ -104,8 +106,11 @@ def evaluate(
         counted = _counted(load_chunks(dataset, manifest, split, chunks), lambda chunk: len(chunk[1]), progress)
         bound = sum_bound(model, counted, noise_seed)
     floor = baseline_floor(dataset, manifest, noise_seed)
-    baseline = sum_log_prob(
-        training_gaussian(manifest, floor), load_chunks(dataset, manifest, split, chunks), config.levels, noise_seed
+    baseline, at_model_floor = (
+        sum_log_prob(
+            training_gaussian(manifest, least), load_chunks(dataset, manifest, split, chunks), config.levels, noise_seed
+        )
+        for least in (floor, config.variance_floor)
     )
     same_data = manifest.origin.fingerprint == registered.tags.get("dataset_fingerprint")
     # The run's own curves, and what decides on promotion, are of its own data and are left as they are.
@@ -126,6 +131,7 @@ def evaluate(
         baseline_variance_floor=floor,
         baseline_log_likelihood=baseline.mean,
         baseline_standard_error=baseline.standard_error,
+        baseline_at_model_floor=at_model_floor.mean,
         baseline_bits_per_dimension=bits_per_dimension(baseline.mean, config.dimensions, config.levels),
         mlflow_run=run.uri,
     )

@@ -134,8 +134,9 @@ def test_two_workers_take_the_steps_of_one(digits: Digits, tmp_path: Path, run_w
         alone.train_step(images, noise)
     for name, tensor in tensors_of(alone).items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
-        # Adam divides by the gradient's size: a step is about the learning rate long, whatever the gradient.
-        torch.testing.assert_close(ranks[0][name], tensor, rtol=0, atol=0.02 * CONFIG.learning_rate, msg=name)
+        # Adam makes a step of about the learning rate of any gradient, even of one that is nothing but rounding: single
+        # weights may differ by as much, but not many.
+        assert (ranks[0][name] - tensor).abs().mean() < 0.01 * CONFIG.learning_rate, name
     weight = "operator.linears.0.weight"
     assert (before[weight] - tensors_of(alone)[weight]).abs().max() > CONFIG.learning_rate
 
