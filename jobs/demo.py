@@ -28,6 +28,7 @@ class DemoResult:
     baseline: float
     variance_floor: float
     baseline_variance_floor: float
+    baseline_at_model_floor: float
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +57,7 @@ def _demo(args: argparse.Namespace) -> DemoResult:
         baseline=figures["test_baseline_log_likelihood"],
         variance_floor=figures["test_variance_floor"],
         baseline_variance_floor=figures["test_baseline_variance_floor"],
+        baseline_at_model_floor=figures["test_baseline_at_model_floor"],
     )
 
 

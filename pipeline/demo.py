@@ -77,6 +77,7 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
         "baseline_log_likelihood",
         "baseline_standard_error",
         "baseline_bits_per_dimension",
+        "baseline_at_model_floor",
     )
     summary = {
         "figures": {
