@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
@@ -21,6 +22,7 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         points = [(row["epoch"], row[name]) for row in history if name in row]
         panel.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3)
         panel.set(title=title, xlabel="epoch", ylabel="nats per image")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     return figure
 

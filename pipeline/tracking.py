@@ -5,16 +5,17 @@ and a run that was theirs would stay RUNNING for ever. Workers write to it by it
 itself be killed, a small process that outlives it ends the run (`pipeline.run_guard`).
 """
 
+import contextlib
 import http.client
 import math
 import os
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def check_reachable() -> None:
             return
 
 
-@contextmanager
+@contextlib.contextmanager
 def mlflow_errors(action: str) -> Iterator[None]:
     """Turns MLflow's errors into one line that says what could not be done, and at which server."""
     try:
@@ -134,7 +135,7 @@ class TrackedRun:
             MlflowClient().log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
-@contextmanager
+@contextlib.contextmanager
 def owned_run(
     experiment: str,
     name: str,
@@ -175,7 +176,8 @@ def owned_run(
             raise
         finally:
             try:
-                with mlflow_errors(f"end run {run.run_id} as {status}"):
+                # The client announces the run's address; standard output belongs to the job's result.
+                with mlflow_errors(f"end run {run.run_id} as {status}"), contextlib.redirect_stdout(sys.stderr):
                     client.set_terminated(run.run_id, status)
                 guard.dismiss()
             except UserError:

@@ -77,7 +77,7 @@ def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: s
     assert evaluated["model"] == trained["model"]
     assert evaluated["images"] == 250
     assert evaluated["variance_floor"] == float(run.data.params["variance_floor"]) == 5e-3
-    assert evaluated["baseline_log_likelihood"] == pytest.approx(27, abs=2)
+    assert evaluated["baseline_log_likelihood"] > evaluated["baseline_at_model_floor"]
     assert evaluated["lower_bound_standard_error"] > 0
     logged = client.get_run(version.run_id).data.metrics
     assert logged["test/lower_bound"] == pytest.approx(evaluated["lower_bound"])
@@ -135,7 +135,7 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
     words = [
         *("python", "-m", "jobs.train", dataset, "--runs", bucket_uri, "--name", "killed", "--num-workers", "2"),
         *(*SMALL, "--num-steps", "5", "--hidden-sizes", "128,128", "--global-batch", "64", "--json"),
-        *("--epochs", "100", "--validate-every", "10"),
+        *("--epochs", "50", "--validate-every", "10"),
     ]
 
     def start() -> str:
@@ -183,7 +183,7 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
     assert "going on after epoch" in logs
     assert client.get_run(run_id).info.status == "FINISHED"
     steps = {point.step for point in client.get_metric_history(run_id, "train/objective")}
-    assert steps == set(range(1, 101))
+    assert steps == set(range(1, 51))
 
     config = json.loads(storage.read_bytes(storage.join(folder, "run.json")))["config"]
     script = tmp_path / "bare.py"
