@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import ray
 import torch
 
 from benchmarks.bare import middle, run_bare
@@ -87,6 +88,8 @@ def main() -> int:
             os.environ.update(services.env())
             measure(Path(name), add)
         finally:
+            # A process that is still joined to a cluster ends with it.
+            ray.shutdown()
             services.down(delete_data=True)
     RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     print(f"written to {RESULTS}")

@@ -17,6 +17,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.torch import get_device
+from ray.train.v2._internal.execution import context as ray_context
 
 from infusion_core.model import CONFIG_FILE, WEIGHTS_FILE, save_model
 from infusion_core.pixels import dequantise
@@ -42,7 +43,8 @@ def train_worker(spec: dict[str, Any]) -> None:
         spec: `config` (of the training), `dataset`, `folder` (of the run), `label` (for progress), `run` (the fields of
             its `TrackedRun`), `threads`, and `memory_limit` (bytes for images, or `None`).
     """
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # It prints every report in full, by a logger of its own to which Ray Train's `LoggingConfig` does not extend.
+    ray_context.logger.setLevel(logging.WARNING)
     torch.set_num_threads(spec["threads"])
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
