@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import infusion_core
+from pipeline import sources
 from pipeline.local_servers import BUCKET
 from pipeline.local_services import LocalServices
+from pipeline.staging import stage
 
 SECONDS_FOR_WORKERS = 300
 
@@ -115,6 +117,14 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
         return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def staged_digits(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a staged data set that is small, real and local: scikit-learn's digits in a folder."""
+    folder = str(tmp_path_factory.mktemp("staged") / "digits")
+    stage(sources.digits(), folder)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,13 +17,6 @@ from pipeline.staging import stage
 JOBS = ("stage", "train", "evaluate", "sample", "promote", "services", "demo")
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("staged") / "digits")
-    stage(sources.digits(), folder)
-    return folder
-
-
 @pytest.fixture
 def closed_port() -> Iterator[int]:
     """A port that is bound, so that nobody else takes it, and that does not listen."""
@@ -67,30 +60,30 @@ class TestTrain:
         assert f"{bucket_uri}/none" in line
         assert "jobs.stage" in line
 
-    def test_unknown_preset(self, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-        line = error_of("train", [digits, "--runs", bucket_uri, "--preset", "imagenet"], capsys)
+    def test_unknown_preset(self, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+        line = error_of("train", [staged_digits, "--runs", bucket_uri, "--preset", "imagenet"], capsys)
         assert "no preset 'imagenet'; choose one of mnist, digits" in line
 
     def test_image_shape_of_another_data_set(
-        self, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
+        self, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        line = error_of("train", [digits, "--runs", bucket_uri, "--preset", "mnist"], capsys)
+        line = error_of("train", [staged_digits, "--runs", bucket_uri, "--preset", "mnist"], capsys)
         assert "8 × 8 × 1" in line
         assert "28 × 28 × 1" in line
 
-    def test_schedule_past_one(self, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
-        arguments = [digits, "--runs", bucket_uri, "--num-steps", "15", "--rate-increment", "0.1"]
+    def test_schedule_past_one(self, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = [staged_digits, "--runs", bucket_uri, "--num-steps", "15", "--rate-increment", "0.1"]
         line = error_of("train", arguments, capsys)
         assert "leaves [0, 1] at step 11 of 15" in line
 
     def test_more_workers_than_the_cluster_can_hold(
-        self, ray_cluster: str, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
+        self, ray_cluster: str, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         cpus = int(ray.cluster_resources()["CPU"])
-        line = error_of("train", [digits, "--runs", bucket_uri, "--num-workers", "128"], capsys)
+        line = error_of("train", [staged_digits, "--runs", bucket_uri, "--num-workers", "128"], capsys)
         assert "128 workers with 1 CPU each can never run" in line
         assert f"holds {cpus} such workers at most" in line
-        line = error_of("train", [digits, "--runs", bucket_uri, "--threads-per-worker", str(cpus + 1)], capsys)
+        line = error_of("train", [staged_digits, "--runs", bucket_uri, "--threads-per-worker", str(cpus + 1)], capsys)
         assert f"1 workers with {cpus + 1} CPU each can never run: the cluster holds 0 such workers at most" in line
         assert storage.list_files(bucket_uri) == []
 
@@ -109,7 +102,7 @@ class TestTrain:
         assert MlflowClient().get_run(run_id).info.status == "FAILED"
 
     def test_other_settings_under_the_name_of_an_earlier_run(
-        self, ray_cluster: str, digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
+        self, ray_cluster: str, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         dataset = f"{bucket_uri}/again"
         stage(sources.digits(), dataset)
@@ -128,8 +121,10 @@ class TestTrain:
 
 @pytest.mark.usefixtures("client_env")
 class TestRegistered:
-    def test_name_that_does_not_exist(self, digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        for job, rest in (("evaluate", [digits]), ("sample", [str(tmp_path)])):
+    def test_name_that_does_not_exist(
+        self, staged_digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for job, rest in (("evaluate", [staged_digits]), ("sample", [str(tmp_path)])):
             line = error_of(job, ["models:/infusion-nothing@champion", *rest], capsys)
             assert "no model models:/infusion-nothing@champion" in line
         assert "no model named 'infusion-nothing'" in error_of("promote", ["infusion-nothing"], capsys)
@@ -151,7 +146,7 @@ class TestUnreachable:
 
     def test_mlflow(
         self,
-        digits: str,
+        staged_digits: str,
         closed_port: int,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
@@ -159,7 +154,7 @@ class TestUnreachable:
     ) -> None:
         address = f"http://127.0.0.1:{closed_port}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        line = error_of("train", [digits, "--runs", str(tmp_path)], capsys)
+        line = error_of("train", [staged_digits, "--runs", str(tmp_path)], capsys)
         assert f"MLflow server at {address} (MLFLOW_TRACKING_URI) did not answer within" in line
         monkeypatch.delenv("MLFLOW_TRACKING_URI")
         assert "MLFLOW_TRACKING_URI is not set" in error_of("promote", ["infusion-digits"], capsys)

@@ -1,15 +1,11 @@
-"""A staged data set that is small, real and local."""
+"""What the tests of the pipeline have in common."""
 
 import pytest
 
-from pipeline import sources
 from pipeline.manifest import Manifest
-from pipeline.staging import stage
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
-    """The address and the manifest of scikit-learn's digits, staged in a folder."""
-    folder = str(tmp_path_factory.mktemp("staged") / "digits")
-    stage(sources.digits(), folder)
-    return folder, Manifest.load(folder)
+def digits(staged_digits: str) -> tuple[str, Manifest]:
+    """The address and the manifest of the staged digits."""
+    return staged_digits, Manifest.load(staged_digits)

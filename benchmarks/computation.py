@@ -1,0 +1,73 @@
+"""Measures what needs no services: training, sampling, memory."""
+
+import dataclasses
+import time
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+from benchmarks.bare import middle, run_bare
+from benchmarks.setup import REPEATS, THREADS, Add, short, stage_small
+from infusion_core.model import ModelConfig
+from infusion_core.sampling import sample_batches
+from pipeline.manifest import Manifest
+from pipeline.training import new_model
+
+
+def training_flops_per_image(model: ModelConfig) -> float:
+    """Counts the matrix products of a training step: forward, and backward to weights and to inputs.
+
+    The first layer's input needs no gradient.
+    """
+    widths = [model.dimensions, *model.hidden_sizes, 2 * model.dimensions]
+    weights = [inputs * outputs for inputs, outputs in pairwise(widths)]
+    return model.num_steps * 2 * (3 * sum(weights) - weights[0])
+
+
+def measure_computation(source: str, dataset: str, add: Add) -> float:
+    """Measures what needs no services; returns the images per second of a bare training."""
+    stage_small(source, dataset)
+    bare = run_bare(short(5), dataset, threads=THREADS, matmul_rounds=1)
+    rate, ceiling = middle(bare["images_per_second"]), median(bare["matmul_rates"])
+    achieved = rate * training_flops_per_image(short(1).model)
+    add(
+        "train_flops_over_matmul_ceiling",
+        achieved / ceiling,
+        "ratio",
+        "≥ 0.80",
+        f"{achieved / 1e9:.0f} of {ceiling / 1e9:.0f} GFLOP/s with {THREADS} threads; {rate:.0f} images/s",
+    )
+
+    for synchronise, suffix, goal in ((False, "", "≥ 0.95"), (True, "_synchronised", "")):
+        config = dataclasses.replace(short(3), synchronise_normalisation=synchronise)
+        # Alternating, so that a machine whose speed drifts slows both.
+        pairs = [(run_bare(config, dataset, workers=2), run_bare(config, dataset, threads=2)) for _ in range(REPEATS)]
+        two, one = (median(middle(run["images_per_second"]) for run in runs) for runs in zip(*pairs, strict=True))
+        add(
+            f"ddp_2x1_over_1x2{suffix}",
+            two / one,
+            "ratio",
+            goal,
+            f"two workers × one thread over one × two: {two:.0f} over {one:.0f} images/s, "
+            f"batch normalisation by {'common' if synchronise else 'each its own'} moments",
+        )
+
+    grown = {steps: run_bare(short(1, num_steps=steps), dataset, threads=THREADS)["grown_bytes"] for steps in (15, 60)}
+    add(
+        "peak_memory_T60_over_T15",
+        grown[60] / grown[15],
+        "ratio",
+        "≤ 1.1",
+        f"growth by training: {grown[60] / 2**20:.0f} over {grown[15] / 2**20:.0f} MiB",
+    )
+
+    torch.set_num_threads(THREADS)
+    model = new_model(short(1), Manifest.load(dataset)).eval()
+    for _ in sample_batches(model, 1000, 0):
+        pass
+    start = time.perf_counter()
+    for _ in sample_batches(model, 4000, 0):
+        pass
+    add("samples_per_second", 4000 / (time.perf_counter() - start), "samples/s", "", f"T = 15, {THREADS} threads")
+    return rate

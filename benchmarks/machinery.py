@@ -1,0 +1,63 @@
+"""Measures what goes through S3, MLflow and Ray."""
+
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import ray
+from mlflow import MlflowClient
+
+from benchmarks.bare import middle, run_bare
+from benchmarks.setup import REPEATS, THREADS, Add, random_images, short, stage_small
+from pipeline import cluster
+from pipeline.local_servers import BUCKET
+from pipeline.manifest import Manifest
+from pipeline.ray_training import Resources, train
+from pipeline.shards import load_rows
+from pipeline.sources import open_source
+from pipeline.staging import stage
+
+
+def measure_machinery(source: str, folder: Path, train_rate: float, add: Add) -> None:
+    """Takes the measurements, one after the other; S3, MLflow and Ray are up."""
+    large = random_images(folder / "large.npz", 60_000, 10_000)
+    start = time.perf_counter()
+    staged = stage(open_source(large), f"s3://{BUCKET}/bench/large")
+    seconds = time.perf_counter() - start
+    add("stage_images_per_second", 70_000 / seconds, "images/s", "", "28 × 28, from .npz to S3 with manifest")
+    manifest = Manifest.load(staged.dataset)
+    start = time.perf_counter()
+    load_rows(staged.dataset, manifest, "train", 0, manifest.rows("train"))
+    read_rate = manifest.rows("train") / (time.perf_counter() - start)
+    add("shard_read_over_training", read_rate / train_rate, "ratio", "≥ 10", f"{read_rate:,.0f} images/s read from S3")
+
+    dataset = stage_small(source, f"s3://{BUCKET}/bench/small")
+    seconds_bare, seconds_ray = [], []
+    cluster.connect()
+    try:
+        for repeat in range(REPEATS):
+            seconds_bare.append(middle(run_bare(short(4), dataset, threads=THREADS)["epoch_seconds"]))
+            seconds_ray.append(ray_epoch_seconds(f"bench-{repeat}", dataset))
+    finally:
+        # A process that is still joined to a cluster ends with it.
+        ray.shutdown()
+    bare, on_ray = median(seconds_bare), median(seconds_ray)
+    add(
+        "ray_epoch_over_bare",
+        on_ray / bare,
+        "ratio",
+        "≤ 1.02",
+        f"{on_ray:.2f} s with tracking and checkpoints, {bare:.2f} bare, the services running beside both",
+    )
+
+
+def ray_epoch_seconds(name: str, dataset: str) -> float:
+    """Trains on Ray as a job does; returns the seconds of an epoch, all told."""
+    train(short(4), dataset, f"s3://{BUCKET}/bench/runs", name, Resources(num_workers=1, threads_per_worker=THREADS))
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("infusion-small")
+    assert experiment is not None, "train has just logged to it"
+    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
+    times = [point.timestamp / 1000 for point in client.get_metric_history(run.info.run_id, "train/objective")]
+    return median(later - earlier for earlier, later in pairwise(times))

@@ -1,0 +1,62 @@
+"""What the benchmarks have in common: their rows, their images, and the configuration that they train."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.presets import mnist
+from pipeline.sources import SourceOptions, open_source
+from pipeline.staging import stage
+from pipeline.training import TrainConfig
+
+THREADS = 2
+STEPS_PER_EPOCH = 6
+BATCH = 512
+VALID_IMAGES = 512
+REPEATS = 3
+
+Add = Callable[[str, float, str, str, str], None]
+"""Called with the name, value, unit, goal and note of a row."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    name: str
+    value: float
+    unit: str
+    goal: str
+    note: str
+
+
+def short(epochs: int, num_steps: int = 15) -> TrainConfig:
+    """Returns the paper's configuration for a few epochs."""
+    config = mnist()
+    return dataclasses.replace(
+        config,
+        epochs=epochs,
+        global_batch=BATCH,
+        statistics_images=BATCH,
+        model=dataclasses.replace(config.model, num_steps=num_steps),
+    )
+
+
+def random_images(file: Path, train: int, test: int) -> str:
+    """Writes random images of MNIST's shape; returns the name of the source that reads them."""
+    rng = np.random.default_rng(0)
+    np.savez(
+        file,
+        train_images=rng.integers(0, 256, (train, 28, 28), np.uint8),
+        test_images=rng.integers(0, 256, (test, 28, 28), np.uint8),
+    )
+    return f"npz:{file}"
+
+
+def stage_small(source: str, dataset: str) -> str:
+    """Stages the images that trainings are measured on; returns the data set's address."""
+    fraction = VALID_IMAGES / (STEPS_PER_EPOCH * BATCH + VALID_IMAGES)
+    return stage(open_source(source, SourceOptions(valid_fraction=fraction)), dataset).dataset
