@@ -7,15 +7,20 @@ With z̃ = (z⁽⁰⁾, …, z⁽ᵀ⁻¹⁾) drawn from the infusion chain towa
         = \sum_{t=0}^{T-1} \log\frac{p^{(t)}(z^{(t)})}{q^{(t)}(z^{(t)})} + \log p^{(T)}(x \mid z^{(T-1)}).
 
 ℓ is the log weight of one chain: exp ℓ averages to p(x).
+
+The expectation can be taken in part exactly. Given z⁽ᵗ⁻¹⁾ and the Gaussian draw, z⁽ᵗ⁾ has only two values a dimension
+(or a pixel), according to which component of the mixture was picked, with the probabilities 1 - α⁽ᵗ⁾ and α⁽ᵗ⁾:
+averaging the addend over both (`component_averaged_bound`) has the same mean as picking one, and less variance.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from infusion_core.chain import Operator, infusion_chain
+from infusion_core.chain import InfusionStep, Operator, infusion_chain
 from infusion_core.gaussian import LOG_2_PI, FactorialGaussian
 from infusion_core.noise import Noise
 from infusion_core.schedule import InfusionSchedule
@@ -42,7 +47,13 @@ class LogWeight:
 
 
 def log_weight(
-    prior: FactorialGaussian, operator: Operator, schedule: InfusionSchedule, target: Tensor, noise: Noise
+    prior: FactorialGaussian,
+    operator: Operator,
+    schedule: InfusionSchedule,
+    target: Tensor,
+    noise: Noise,
+    *,
+    output_variance: float | None = None,
 ) -> LogWeight:
     """Draws one infusion chain per example and returns its log weight.
 
@@ -52,33 +63,88 @@ def log_weight(
         schedule: infusion rates.
         target: x, shape `(B, *event)`.
         noise: source of the chain's randomness.
+        output_variance: variance of every dimension of the last transition instead of the operator's own: the isotropic
+            observation model of Table 2.
     """
-    ratios = []
-    reconstruction = None
-    for infused in infusion_chain(prior, operator, schedule, target, noise):
-        if infused.state is None:
-            reconstruction = infused.transition.log_prob(target)
-        else:
-            ratio = log_ratio(infused.transition, infused.state, target, infused.rate, schedule.target_variance)
-            ratios.append(ratio.flatten(1).sum(1))
-    assert reconstruction is not None, "the chain ends with a step that draws nothing"
-    transitions = torch.stack(ratios[1:]).sum(0) if len(ratios) > 1 else torch.zeros_like(ratios[0])
-    return LogWeight(ratios[0], transitions, reconstruction)
+    chain = infusion_chain(prior, operator, schedule, target, noise)
+    return _log_weight(chain, schedule, target, sampled_addend, output_variance)
+
+
+def component_averaged_bound(
+    prior: FactorialGaussian,
+    operator: Operator,
+    schedule: InfusionSchedule,
+    target: Tensor,
+    noise: Noise,
+    *,
+    output_variance: float | None = None,
+) -> LogWeight:
+    """Estimates the lower bound as `log_weight` does, from the same chains, with less variance.
+
+    Returns:
+        Addends whose expectations are those of `log_weight`. They are means of log weights, not log weights: the
+        exponential of their total is not an estimate of p(x).
+    """
+    chain = infusion_chain(prior, operator, schedule, target, noise)
+    return _log_weight(chain, schedule, target, component_averaged_addend, output_variance)
+
+
+def _log_weight(
+    chain: Iterable[InfusionStep],
+    schedule: InfusionSchedule,
+    target: Tensor,
+    addend: Callable[[InfusionStep, InfusionSchedule, Tensor], Tensor],
+    output_variance: float | None,
+) -> LogWeight:
+    addends = []
+    for infused in chain:
+        if infused.draw is None and output_variance is not None:
+            mean = infused.transition.mean
+            infused = replace(infused, transition=FactorialGaussian(mean, mean.new_tensor(output_variance)))
+        addends.append(addend(infused, schedule, target))
+    transitions = torch.stack(addends[1:-1]).sum(0) if len(addends) > 2 else torch.zeros_like(addends[0])
+    return LogWeight(addends[0], transitions, addends[-1])
+
+
+def sampled_addend(infused: InfusionStep, schedule: InfusionSchedule, target: Tensor) -> Tensor:
+    """Returns what a step of the chain adds to ℓ, shape `(B,)`, in nats."""
+    if infused.draw is None:
+        return infused.transition.log_prob(target)
+    return log_ratio(infused.transition, infused.draw.state, target, infused.rate, schedule).flatten(1).sum(1)
+
+
+def component_averaged_addend(infused: InfusionStep, schedule: InfusionSchedule, target: Tensor) -> Tensor:
+    """Returns the expectation of `sampled_addend` over which component was picked, shape `(B,)`, in nats."""
+    if infused.draw is None:
+        return infused.transition.log_prob(target)
+    from_model, from_target = (
+        log_ratio(infused.transition, draw, target, infused.rate, schedule).flatten(1).sum(1)
+        for draw in (infused.draw.from_model, infused.draw.from_target)
+    )
+    return (1 - infused.rate) * from_model + infused.rate * from_target
 
 
 def log_ratio(
-    transition: FactorialGaussian, state: Tensor, target: Tensor, rate: float, target_variance: float
+    transition: FactorialGaussian, state: Tensor, target: Tensor, rate: float, schedule: InfusionSchedule
 ) -> Tensor:
-    r"""Returns log p(z) - log q(z) of every dimension, shape `(B, *event)`.
+    r"""Returns log p(z) - log q(z) of all that is infused or not at once, in nats.
 
     With q = (1 - α) p + α δ this is -log[(1 - α) + α δ(z) / p(z)], which neither overflows nor cancels where the two
     densities differ by many orders of magnitude.
+
+    Returns:
+        The ratio of every value, shape `(B, *event)`; where the schedule's mask is "pixel", p, q and δ are densities of
+        all of a pixel's channels, and dimension 1 of the ratio has one element.
     """
     if rate == 0:
-        return torch.zeros_like(state)
+        return torch.zeros_like(state[:, :1] if schedule.mask == "pixel" else state)
+    target_variance = schedule.target_variance
     deviation = (state - target).square() / target_variance
     log_target = -0.5 * (deviation + math.log(target_variance) + LOG_2_PI)
-    log_odds = log_target - transition.log_density(state) + math.log(rate)
+    log_odds = log_target - transition.log_density(state)
+    if schedule.mask == "pixel":
+        log_odds = log_odds.sum(1, keepdim=True)
+    log_odds = log_odds + math.log(rate)
     if rate == 1:
         return -log_odds
     return -torch.logaddexp(log_odds, torch.full_like(log_odds, math.log1p(-rate)))

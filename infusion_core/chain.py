@@ -36,42 +36,68 @@ class InfusionStep:
         step: t.
         transition: p⁽ᵗ⁾(· | z⁽ᵗ⁻¹⁾), or the prior p⁽⁰⁾ at t = 0, of shape `(B, *event)`; it carries gradients.
         rate: α⁽ᵗ⁾.
-        state: z⁽ᵗ⁾, a constant of shape `(B, *event)`; `None` at t = T, where nothing is drawn.
+        draw: z⁽ᵗ⁾ and what it was picked from; `None` at t = T, where nothing is drawn.
     """
 
     step: int
     transition: FactorialGaussian
     rate: float
-    state: Tensor | None
+    draw: "InfusedDraw | None"
+
+
+@dataclass(frozen=True)
+class InfusedDraw:
+    """A draw from q⁽ᵗ⁾, with a draw from each of the mixture's two components; each of shape `(B, *event)`.
+
+    Attributes:
+        state: z⁽ᵗ⁾, each dimension of which is that of one of the components.
+        from_model: drawn from p⁽ᵗ⁾.
+        from_target: drawn from δ_x.
+    """
+
+    state: Tensor
+    from_model: Tensor
+    from_target: Tensor
 
 
 def infusion_chain(
-    prior: FactorialGaussian, operator: Operator, schedule: InfusionSchedule, target: Tensor, noise: Noise
+    prior: FactorialGaussian,
+    operator: Operator,
+    schedule: InfusionSchedule,
+    target: Tensor,
+    noise: Noise,
+    *,
+    reparametrised: bool = False,
 ) -> Iterator[InfusionStep]:
     """Runs the infusion chain towards `target`, of shape `(B, *event)`; yields its steps t = 0, …, T.
 
-    The states are constants: a gradient taken of one step's transition reaches that step only, and its graph can be
-    freed before the next step is computed.
+    By default the states are constants: a gradient taken of one step's transition reaches that step only, and its graph
+    can be freed before the next step is computed. With `reparametrised`, a state is a differentiable function of the
+    transition that it was drawn from, and gradients run through the whole chain.
     """
     transition = prior.expand(len(target))
     for step, rate in enumerate(schedule.rates):
-        state = infuse(transition.detach(), target, rate, schedule.target_variance, noise)
-        yield InfusionStep(step, transition, rate, state)
-        transition = operator(state, step + 1)
+        draw = infuse(transition if reparametrised else transition.detach(), target, rate, schedule, noise)
+        yield InfusionStep(step, transition, rate, draw)
+        transition = operator(draw.state, step + 1)
     yield InfusionStep(schedule.num_steps, transition, 0.0, None)
 
 
-def infuse(transition: FactorialGaussian, target: Tensor, rate: float, target_variance: float, noise: Noise) -> Tensor:
-    """Draws z⁽ᵗ⁾ ~ q⁽ᵗ⁾(· | z⁽ᵗ⁻¹⁾, x), of shape `(B, *event)`.
+def infuse(
+    transition: FactorialGaussian, target: Tensor, rate: float, schedule: InfusionSchedule, noise: Noise
+) -> InfusedDraw:
+    """Draws z⁽ᵗ⁾ ~ q⁽ᵗ⁾(· | z⁽ᵗ⁻¹⁾, x) at the infusion rate `rate`, for a target of shape `(B, *event)`.
 
-    One Gaussian draw a dimension serves whichever component of the mixture is picked.
+    One Gaussian draw a dimension serves both components of the mixture.
     """
-    if rate == 0:
-        return transition.sample(noise)
-    infused = noise.bernoulli_like(target, rate)
-    mean = torch.where(infused, target, transition.mean)
-    std = torch.where(infused, math.sqrt(target_variance), transition.variance.sqrt())
-    return torch.addcmul(mean, std, noise.normal_like(mean))
+    picked = None
+    if rate > 0:
+        picked = noise.bernoulli_like(target[:, :1] if schedule.mask == "pixel" else target, rate)
+    normal = noise.normal_like(target)
+    from_model = torch.addcmul(transition.mean, transition.variance.sqrt(), normal)
+    from_target = torch.add(target, normal, alpha=math.sqrt(schedule.target_variance))
+    state = from_model if picked is None else torch.where(picked, from_target, from_model)
+    return InfusedDraw(state, from_model, from_target)
 
 
 @dataclass(frozen=True)
@@ -90,18 +116,30 @@ class SamplingStep:
 
 
 def sampling_chain(
-    prior: FactorialGaussian, operator: Operator, num_steps: int, num_samples: int, noise: Noise
+    prior: FactorialGaussian,
+    operator: Operator,
+    num_steps: int,
+    num_samples: int,
+    noise: Noise,
+    *,
+    clamp: Callable[[Tensor], Tensor] = lambda state: state,
 ) -> Iterator[SamplingStep]:
     """Runs the model from noise to `num_samples` samples; yields the steps t = 0, …, `num_steps`.
 
-    `num_steps` may exceed the number of steps that the operator was trained for.
+    Args:
+        prior: p⁽⁰⁾.
+        operator: p⁽ᵗ⁾.
+        num_steps: length of the chain, which may exceed the number of steps that the operator was trained for.
+        num_samples: how many chains.
+        noise: source of the chain's randomness.
+        clamp: applied to every state, `(B, *event)`, before it is used (inpainting holds what is known of an image).
     """
     transition = prior.expand(num_samples)
-    state = transition.sample(noise)
+    state = clamp(transition.sample(noise))
     yield SamplingStep(0, transition, state)
     for step in range(1, num_steps + 1):
         transition = operator(state, step)
-        state = transition.sample(noise)
+        state = clamp(transition.sample(noise))
         yield SamplingStep(step, transition, state)
 
 

@@ -9,17 +9,21 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, get_origin, get_type_hints
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from infusion_core.convolutional import ConvolutionalOperator
 from infusion_core.errors import InfusionError
 from infusion_core.gaussian import FactorialGaussian
-from infusion_core.operator import MLPOperator
-from infusion_core.schedule import InfusionSchedule
+from infusion_core.operator import MLPOperator, TransitionOperator
+from infusion_core.schedule import InfusionMask, InfusionSchedule
+
+Network = Literal["mlp", "convolutional"]
+"""The operator's network: `MLPOperator` or `ConvolutionalOperator`."""
 
 CONFIG_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -36,7 +40,9 @@ class ModelConfig:
         initial_rate: infusion rate α⁽⁰⁾ of the first state.
         rate_increment: ω, the growth of the infusion rate per step.
         target_variance: variance of the target component δ_x.
-        hidden_sizes: widths of the operator's hidden layers.
+        infusion_mask: what is infused or not as a whole: each value, or all channels of a pixel.
+        network: the operator's network, mlp or convolutional.
+        hidden_sizes: widths of the operator's hidden layers; channels of them if it is convolutional.
         variance_scale: β of the operator's variance β · sigmoid + ε.
         variance_floor: ε. It caps every log-likelihood, which says nothing without it.
         prior_variance_offset: added to the prior's variances, as the authors' code does, so that pixels that never
@@ -52,6 +58,8 @@ class ModelConfig:
     initial_rate: float = 0.0
     rate_increment: float = 0.01
     target_variance: float = 1e-4
+    infusion_mask: InfusionMask = "value"
+    network: Network = "mlp"
     hidden_sizes: tuple[int, ...] = (1200, 1200)
     variance_scale: float = 0.1
     variance_floor: float = 1e-4
@@ -79,6 +87,7 @@ class ModelConfig:
             initial_rate=self.initial_rate,
             rate_increment=self.rate_increment,
             target_variance=self.target_variance,
+            mask=self.infusion_mask,
         )
 
     @property
@@ -118,7 +127,9 @@ class ModelConfig:
 
 
 def _is_of_type(value: object, hint: object) -> bool:
-    """Says whether a value read from JSON is what a field's type asks for: integers, a number, or one integer."""
+    """Says whether a value read from JSON is what a field's type asks for."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(type(item) is int for item in value)
     return type(value) is int or (hint is float and type(value) is float)
@@ -142,7 +153,8 @@ class InfusionModel(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = config.schedule
-        self.operator = MLPOperator(
+        operator = MLPOperator if config.network == "mlp" else ConvolutionalOperator
+        self.operator: TransitionOperator = operator(
             config.state_shape,
             config.num_steps,
             hidden_sizes=config.hidden_sizes,

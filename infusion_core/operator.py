@@ -73,7 +73,16 @@ class MLPOperator(TransitionOperator):
         features = state.flatten(1)
         for linear, norm in zip(self.linears, self.norms, strict=True):
             features = torch.relu(norm(linear(features), step))
-        # The density is sensitive to rounding of small variances: whatever autocast chose, it is float32 from here.
-        heads = torch.sigmoid(self.head(features).float()).view(-1, 2, *self.event_shape)
-        mean, variance = heads.unbind(1)
-        return FactorialGaussian(mean, self.variance_scale * variance + self.variance_floor)
+        heads = self.head(features).view(-1, 2, *self.event_shape)
+        return gaussian_from_heads(heads, self.variance_scale, self.variance_floor)
+
+
+def gaussian_from_heads(heads: Tensor, variance_scale: float, variance_floor: float) -> FactorialGaussian:
+    """Returns the distribution that two sigmoid heads, `(B, 2, *event)` before the sigmoid, stand for (Section 4).
+
+    The mean lies in (0, 1); the variance is β · sigmoid + ε.
+    """
+    # The density is sensitive to rounding of small variances: whatever autocast chose, it is float32 from here.
+    precision = torch.promote_types(heads.dtype, torch.float32)
+    mean, variance = torch.sigmoid(heads.to(precision)).unbind(1)
+    return FactorialGaussian(mean, variance_scale * variance + variance_floor)

@@ -10,19 +10,24 @@ so that ω = 0 is a constant rate. The last state, z⁽ᵀ⁾, is not infused: i
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from infusion_core.errors import InfusionError
+
+InfusionMask = Literal["value", "pixel"]
+"""What is infused or not as a whole: each value on its own, or all channels of a pixel, as the authors' code has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InfusionSchedule:
-    """The infusion rates of a chain of `num_steps` steps, and the width of what is infused.
+    """The infusion rates of a chain of `num_steps` steps, and what is infused at once and how wide.
 
     Attributes:
         num_steps: T, the number of transitions.
         initial_rate: α⁽⁰⁾, in [0, 1].
         rate_increment: ω, the growth of the rate per step.
         target_variance: variance of the target component, the narrow Gaussian δ_x around the target.
+        mask: see `InfusionMask`; with "pixel", the states' dimension 1 is that of the channels.
 
     Raises:
         InfusionError: there is no step, a rate leaves [0, 1] (the message names the first step at which it does), or
@@ -33,6 +38,7 @@ class InfusionSchedule:
     initial_rate: float = 0.0
     rate_increment: float = 0.0
     target_variance: float = 1e-4
+    mask: InfusionMask = "value"
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

@@ -84,9 +84,22 @@ def infusion_chains_picture(model: InfusionModel, targets: Tensor, noise: Noise)
         noise: what the chains are drawn with.
     """
     steps = list(infusion_chain(model.prior, model.operator, model.schedule, targets, noise))
-    images = [step.transition.mean if step.state is None else step.state for step in steps]
+    images = [step.transition.mean if step.draw is None else step.draw.state for step in steps]
     titles = [f"t={step.step}" for step in steps[:-1]] + ["mean", "target"]
     return image_grid(torch.stack([*images, targets]).transpose(0, 1), column_titles=titles)
+
+
+def inpainting_picture(images: Tensor, known: Tensor, completed: Tensor) -> Image.Image:
+    """Draws images, what was known of them, and their completions, an image a row (Figure 5).
+
+    Args:
+        images: in [0, 1], shape `(B, C, H, W)`.
+        known: true where a pixel was known, of a shape that broadcasts to that of `images`; the rest is drawn grey.
+        completed: shape `(B, K, C, H, W)`.
+    """
+    masked = torch.where(known, images, torch.full_like(images, 0.5))
+    titles = ["original", "known", *(str(number) for number in range(1, completed.shape[1] + 1))]
+    return image_grid(torch.cat([images[:, None], masked[:, None], completed], 1), column_titles=titles)
 
 
 def png(picture: Image.Image) -> bytes:

@@ -3,6 +3,8 @@
 A preset leaves open where the data lies and what the run is called; single fields are overridden on the command line.
 """
 
+from dataclasses import replace
+
 from infusion_core.model import ModelConfig
 from pipeline.errors import UserError
 from pipeline.training import TrainConfig
@@ -18,6 +20,31 @@ def mnist() -> TrainConfig:
         validate_every=1,
         figures_every=5,
     )
+
+
+def tfd() -> TrainConfig:
+    """The paper's Toronto Face Database model: as for MNIST, on 48 × 48 grey faces."""
+    config = mnist()
+    return replace(config, model=replace(config.model, image_shape=(48, 48, 1)))
+
+
+def cifar10() -> TrainConfig:
+    """The paper's CIFAR-10 model: the generator of Salimans et al. 2016, one mask for all channels of a pixel."""
+    config = mnist()
+    model = replace(
+        config.model,
+        image_shape=(32, 32, 3),
+        infusion_mask="pixel",
+        network="convolutional",
+        hidden_sizes=(512, 256, 128),
+    )
+    return replace(config, model=model)
+
+
+def celeba() -> TrainConfig:
+    """The paper's CelebA model: as for CIFAR-10, with one more transposed convolution, on 64 × 64 images."""
+    config = cifar10()
+    return replace(config, model=replace(config.model, image_shape=(64, 64, 3), hidden_sizes=(512, 256, 128, 64)))
 
 
 def digits() -> TrainConfig:
@@ -47,7 +74,7 @@ def digits() -> TrainConfig:
     )
 
 
-PRESETS = {"mnist": mnist, "digits": digits}
+PRESETS = {"mnist": mnist, "tfd": tfd, "cifar10": cifar10, "celeba": celeba, "digits": digits}
 
 
 def preset(name: str) -> TrainConfig:

@@ -29,7 +29,7 @@ from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig, load_model, save_model
 from infusion_core.noise import GeneratorNoise, Noise, derive_seed
 from infusion_core.normalization import collect_statistics
-from infusion_core.objective import denoising_losses
+from infusion_core.objective import OBJECTIVES, Objective, ObjectiveName
 from infusion_core.operator import TransitionOperator
 from infusion_core.pixels import bits_per_dimension, dequantise, fit_to_pixels
 from pipeline.bound_evaluation import CHUNK_IMAGES, BoundSums, Chunk, chunk_share, load_chunks, sum_bound
@@ -51,6 +51,9 @@ class TrainConfig:
         epochs: passes over the training split.
         global_batch: images per step, over all workers.
         learning_rate: of Adam.
+        objective: what is maximised: denoising, or the lower bound with its states held constant (lower_bound) or
+            with gradients through the chain (reparametrised_lower_bound, whose memory grows with the number of steps).
+        denoising_epochs: epochs that begin with the denoising objective, before another takes over.
         seed: of initial weights, order of images, and noise.
         synchronise_normalisation: whether batch normalisation uses the moments of the global batch, so that the number
             of workers does not matter, or those of each worker's part, which saves 4 T exchanges among workers a step.
@@ -68,6 +71,8 @@ class TrainConfig:
     epochs: int
     global_batch: int = 512
     learning_rate: float = 1e-3
+    objective: ObjectiveName = "denoising"
+    denoising_epochs: int = 0
     seed: int = 0
     synchronise_normalisation: bool = True
     precision: Precision = "float32"
@@ -81,8 +86,9 @@ class TrainConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
-        if self.seed < 0:
-            raise UserError(f"seed must not be negative, as {self.seed} is")
+        for name in ("seed", "denoising_epochs"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, as {getattr(self, name)} is")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the configuration as what JSON can hold."""
@@ -297,12 +303,18 @@ class Training:
         target = dequantise(images, self.config.model.levels, noise)
         total = torch.zeros((), dtype=torch.float64, device=images.device)
         with self._autocast():
-            for loss in denoising_losses(self.model.prior, self._operator, self.model.schedule, target, noise):
+            for loss in self._objective(self.model.prior, self._operator, self.model.schedule, target, noise):
                 loss.backward()
                 total += loss.detach()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return total
+
+    @property
+    def _objective(self) -> Objective:
+        """The objective of the current epoch."""
+        begins_with_denoising = self.epoch <= self.config.denoising_epochs
+        return OBJECTIVES["denoising" if begins_with_denoising else self.config.objective]
 
     def estimate_statistics(self, images: int) -> None:
         """Re-estimates the batch statistics of every step from `images` training images, shared by the workers."""

@@ -1,12 +1,14 @@
+import itertools
 import math
 from decimal import Decimal, localcontext
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import distributions
 
-from infusion_core.bound import LogWeight, log_ratio, log_weight
+from infusion_core.bound import LogWeight, component_averaged_bound, log_ratio, log_weight
 from infusion_core.chain import infuse, infusion_chain
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.noise import GeneratorNoise
@@ -41,6 +43,11 @@ def expected_log_ratio(mean, variance, target, rate, target_variance) -> float:
     return float(np.trapezoid(integrand, z))
 
 
+def of_width(target_variance: float, mask: Literal["value", "pixel"] = "value") -> InfusionSchedule:
+    """A schedule of which only the target component and the mask matter."""
+    return InfusionSchedule(num_steps=1, target_variance=target_variance, mask=mask)
+
+
 def standard_error(values: torch.Tensor) -> float:
     return (values.std() / math.sqrt(len(values))).item()
 
@@ -61,7 +68,7 @@ def test_log_ratio_is_that_of_the_mixture_s_density(mean, variance, target, rate
     # Against log p - log q with q written out, where neither density underflows; and ∫ p exp(-log_ratio) = ∫ q = 1.
     z = grid(mean, variance, target, target_variance)
     transition = FactorialGaussian(tensor(mean)[None], tensor(variance)[None])
-    ratio = log_ratio(transition, torch.from_numpy(z)[:, None], tensor(target)[None], rate, target_variance)
+    ratio = log_ratio(transition, torch.from_numpy(z)[:, None], tensor(target)[None], rate, of_width(target_variance))
     ratio = ratio.numpy()[:, 0]
     log_p, log_target = log_normal(z, mean, variance), log_normal(z, target, target_variance)
     q = (1 - rate) * np.exp(log_p) + rate * np.exp(log_target)
@@ -77,8 +84,8 @@ def test_mean_log_ratio_is_the_quadrature_of_the_mixture(mean, variance, target,
     n = 200_000
     transition = FactorialGaussian(tensor(mean), tensor(variance)).expand(n)
     targets = torch.full((n, 1), target, dtype=torch.float64)
-    states = infuse(transition, targets, rate, target_variance, GeneratorNoise.from_seed(1))
-    ratio = log_ratio(transition, states, targets, rate, target_variance)
+    states = infuse(transition, targets, rate, of_width(target_variance), GeneratorNoise.from_seed(1)).state
+    ratio = log_ratio(transition, states, targets, rate, of_width(target_variance))
     known = expected_log_ratio(mean, variance, target, rate, target_variance)
     assert known < 0  # minus a Kullback-Leibler divergence
     assert abs(ratio.mean().item() - known) < 5 * standard_error(ratio)
@@ -101,7 +108,7 @@ def test_log_ratio_at_extremes(z, mean, variance, target, target_variance, rate,
     # -log[(1 - α) + α δ/p] in 60-digit decimal arithmetic; its gradient is finite too.
     transition = FactorialGaussian(*(torch.tensor([[v]], dtype=dtype, requires_grad=True) for v in (mean, variance)))
     arguments = torch.tensor([[z]], dtype=dtype), torch.tensor([[target]], dtype=dtype)
-    ratio = log_ratio(transition, *arguments, rate, target_variance)
+    ratio = log_ratio(transition, *arguments, rate, of_width(target_variance))
     with localcontext() as context:
         context.prec = 60
         d_z, d_x = (Decimal(argument.item()) for argument in arguments)
@@ -118,7 +125,7 @@ def test_log_ratio_at_extremes(z, mean, variance, target, target_variance, rate,
 
 def test_log_ratio_at_rate_0_is_exactly_zero():
     transition = FactorialGaussian(tensor([0.0, 1.0]), tensor([1e-4, 1.0]))
-    ratio = log_ratio(transition, tensor([100.0, -3.0]), tensor([0.0, 1e6]), 0.0, 1e-4)
+    ratio = log_ratio(transition, tensor([100.0, -3.0]), tensor([0.0, 1e6]), 0.0, of_width(1e-4))
     assert ratio.tolist() == [[0.0, 0.0]]
 
 
@@ -127,7 +134,7 @@ def test_log_ratio_at_rate_1_is_that_of_two_gaussians():
     z, x, mean = (torch.randn(5, 2, 3, generator=generator, dtype=torch.float64) for _ in range(3))
     variance = torch.rand(5, 2, 3, generator=generator, dtype=torch.float64) + 0.1
     known = distributions.Normal(mean, variance.sqrt()).log_prob(z) - distributions.Normal(x, 0.3).log_prob(z)
-    ratio = log_ratio(FactorialGaussian(mean, variance), z, x, 1.0, 0.09)
+    ratio = log_ratio(FactorialGaussian(mean, variance), z, x, 1.0, of_width(0.09))
     torch.testing.assert_close(ratio, known, rtol=1e-12, atol=1e-12)
 
 
@@ -137,7 +144,7 @@ def test_log_ratio_of_a_transition_has_the_closed_form_gradient():
     mean, x = (torch.randn(50, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     z = mean + torch.randn(50, 2, generator=generator, dtype=torch.float64)
     mean.requires_grad_()
-    ratio = log_ratio(FactorialGaussian(mean, torch.full_like(z, 0.5)), z, x, 0.3, 0.2)
+    ratio = log_ratio(FactorialGaussian(mean, torch.full_like(z, 0.5)), z, x, 0.3, of_width(0.2))
     (gradient,) = torch.autograd.grad(ratio.sum(), mean)
     p, delta = (np.exp(log_normal(z.numpy(), m.detach().numpy(), v)) for m, v in [(mean, 0.5), (x, 0.2)])
     known = 0.3 * delta / (0.7 * p + 0.3 * delta) * (z - mean).detach().numpy() / 0.5
@@ -280,17 +287,17 @@ def test_mean_weight_is_the_marginal_density_of_a_linear_gaussian_model(
 
 def test_addends_are_those_of_the_recorded_states():
     # The same noise again: states from the chain, densities of the mixtures from torch.distributions; images of 2 × 2.
-    num_steps, width = 4, 0.01
+    num_steps = 4
 
     def operator(state, step):
         return FactorialGaussian(torch.sin(state * step), 0.1 + torch.sigmoid(state) / step)
 
     prior = FactorialGaussian(tensor([0.5, -0.2], [0.1, 0.4]), tensor([0.3, 0.1], [0.2, 1.0]))
     target = torch.rand(9, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    schedule = InfusionSchedule(num_steps=num_steps, initial_rate=0.1, rate_increment=0.2, target_variance=width)
+    schedule = InfusionSchedule(num_steps=num_steps, initial_rate=0.1, rate_increment=0.2, target_variance=0.01)
     weight = log_weight(prior, operator, schedule, target, GeneratorNoise.from_seed(3))
     steps = infusion_chain(prior, operator, schedule, target, GeneratorNoise.from_seed(3))
-    states = [step.state for step in steps][:-1]
+    states = [step.draw.state for step in steps if step.draw is not None]
 
     def log_p_minus_log_q(transition, state, rate):
         normal = distributions.Normal(transition.mean.expand_as(state), transition.variance.expand_as(state).sqrt())
@@ -326,3 +333,109 @@ def test_chain_of_one_step_has_no_transitions():
     assert torch.equal(weight.transitions, torch.zeros(6, dtype=torch.float64))
     torch.testing.assert_close(weight.total, weight.prior + constant_model_log_density(TARGET, 1))
     assert (weight.prior != 0).all()
+
+
+def test_log_ratio_of_a_pixel_is_that_of_its_channels_together():
+    # The mixture of two Gaussians over 3 channels from torch.distributions.
+    generator = torch.Generator().manual_seed(0)
+    z, x, mean = (torch.randn(5, 3, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    variance = torch.rand(5, 3, 2, 4, generator=generator, dtype=torch.float64) + 0.1
+    ratio = log_ratio(FactorialGaussian(mean, variance), z, x, 0.3, of_width(0.2, "pixel"))
+
+    def channels_last(*values):
+        return torch.stack([value.movedim(1, -1) for value in values], -2)
+
+    normals = distributions.Normal(
+        channels_last(mean, x), channels_last(variance, torch.full_like(variance, 0.2)).sqrt()
+    )
+    mixture = distributions.MixtureSameFamily(
+        distributions.Categorical(tensor(0.7, 0.3).expand(5, 2, 4, 2)), distributions.Independent(normals, 1)
+    )
+    log_p = distributions.Normal(mean, variance.sqrt()).log_prob(z).sum(1)
+    known = log_p - mixture.log_prob(z.movedim(1, -1))
+    assert ratio.shape == (5, 1, 2, 4)
+    torch.testing.assert_close(ratio[:, 0], known, rtol=1e-10, atol=1e-10)
+    assert log_ratio(FactorialGaussian(mean, variance), z, x, 0.0, of_width(0.2, "pixel")).shape == (5, 1, 2, 4)
+
+
+def test_a_pixel_s_log_weight_averages_to_the_closed_form_density():
+    # exp ℓ averages to p(x) whatever is infused at once; here the model is a known Gaussian over 2 channels.
+    n = 200_000
+    schedule = InfusionSchedule(num_steps=3, initial_rate=0.2, target_variance=0.05, mask="pixel")
+    total = log_weight(PRIOR, constant_operator, schedule, TARGET.expand(n, 2), GeneratorNoise.from_seed(0)).total
+    relative = (total - constant_model_log_density(TARGET, 3)).exp()
+    assert standard_error(relative) < 0.02
+    assert abs(relative.mean().item() - 1) < 5 * standard_error(relative)
+
+
+class ScriptedMasks(GeneratorNoise):
+    """Noise of a seed, but with given masks."""
+
+    masks: list[torch.Tensor]
+
+    def bernoulli_like(self, like: torch.Tensor, probability: float) -> torch.Tensor:
+        return self.masks.pop(0)
+
+
+@pytest.mark.parametrize("mask", ["value", "pixel"])
+def test_component_averaged_addends_are_the_expectations_over_all_masks(mask):
+    # Two steps of 2 × 3 values: a step's addend averaged over all of its masks, by enumeration, under the same draws.
+    target = torch.rand(1, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prior = FactorialGaussian(
+        torch.full((2, 3), 0.4, dtype=torch.float64), torch.full((2, 3), 0.2, dtype=torch.float64)
+    )
+
+    def operator(state, step):
+        return FactorialGaussian(torch.sin(3 * state), 0.1 + state.square())
+
+    schedule = InfusionSchedule(num_steps=2, initial_rate=0.3, rate_increment=0.1, target_variance=0.05, mask=mask)
+    shape = (1, 1, 3) if mask == "pixel" else (1, 2, 3)
+    first = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def scripted(*masks: torch.Tensor) -> ScriptedMasks:
+        noise = ScriptedMasks(torch.Generator().manual_seed(5))
+        noise.masks = list(masks)
+        return noise
+
+    expected_prior = expected_transitions = 0.0
+    for bits in itertools.product([False, True], repeat=math.prod(shape)):
+        picked = torch.tensor(bits).view(shape)
+        rest = torch.zeros_like(picked)
+        share = [math.prod(rate if bit else 1 - rate for bit in bits) for rate in (0.3, 0.4)]
+        expected_prior += share[0] * log_weight(prior, operator, schedule, target, scripted(picked, rest)).prior
+        weight = log_weight(prior, operator, schedule, target, scripted(first, picked))
+        expected_transitions += share[1] * weight.transitions
+    averaged = component_averaged_bound(prior, operator, schedule, target, scripted(first, first))
+    torch.testing.assert_close(averaged.prior, expected_prior, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(averaged.transitions, expected_transitions, rtol=1e-10, atol=1e-10)
+    known = log_weight(prior, operator, schedule, target, scripted(first, first)).reconstruction
+    assert torch.equal(averaged.reconstruction, known)
+
+
+def test_component_averaged_bound_has_the_mean_of_the_log_weight_and_less_variance():
+    # The mean by quadrature, as above; the variance of both over the same number of chains.
+    n, num_steps = 50_000, 4
+    schedule = InfusionSchedule(num_steps=num_steps, initial_rate=0.05, rate_increment=0.1, target_variance=1e-4)
+    arguments = PRIOR, constant_operator, schedule, TARGET.expand(n, 2)
+    sampled = log_weight(*arguments, GeneratorNoise.from_seed(0)).total
+    averaged = component_averaged_bound(*arguments, GeneratorNoise.from_seed(0)).total
+    known = constant_model_log_density(TARGET, num_steps).item()
+    for step, rate in enumerate([0.05, 0.15, 0.25, 0.35]):
+        mean, variance = (PRIOR.mean, PRIOR.variance) if step == 0 else constant_moments(step)
+        for m, v, x in zip(mean.tolist(), variance.tolist(), TARGET.tolist(), strict=True):
+            known += expected_log_ratio(m, v, x, rate, 1e-4)
+    for estimate in (sampled, averaged):
+        assert abs(estimate.mean().item() - known) < 5 * standard_error(estimate)
+    assert averaged.var() < 0.2 * sampled.var()
+
+
+@pytest.mark.parametrize("estimator", [log_weight, component_averaged_bound])
+def test_output_variance_replaces_the_last_transition_s_and_nothing_else(estimator):
+    schedule = InfusionSchedule(num_steps=3, initial_rate=0.2)
+    arguments = PRIOR, constant_operator, schedule, TARGET.expand(7, 2)
+    own = estimator(*arguments, GeneratorNoise.from_seed(0))
+    isotropic = estimator(*arguments, GeneratorNoise.from_seed(0), output_variance=0.07)
+    assert torch.equal(own.prior, isotropic.prior)
+    assert torch.equal(own.transitions, isotropic.transitions)
+    known = distributions.Normal(constant_moments(3)[0], math.sqrt(0.07)).log_prob(TARGET).sum().expand(7)
+    torch.testing.assert_close(isotropic.reconstruction, known)

@@ -83,27 +83,30 @@ def test_infusion_is_target_or_model_dimension_by_dimension():
     # z = x + √v_δ ε where the mask is set, μ + √v ε elsewhere, by hand.
     transition = FactorialGaussian(vector(1, 2, 3)[None], vector(4, 9, 16)[None])
     noise = ScriptedNoise([torch.tensor([[True, False, True]])], [vector(1, -1, 2)[None]])
-    state = infuse(transition, vector(10, 20, 30)[None], 0.4, 0.25, noise)
-    assert state.tolist() == [[10 + 0.5 * 1, 2 + 3 * -1, 30 + 0.5 * 2]]
+    schedule = InfusionSchedule(num_steps=1, target_variance=0.25)
+    draw = infuse(transition, vector(10, 20, 30)[None], 0.4, schedule, noise)
+    assert draw.from_model.tolist() == [[1 + 2 * 1, 2 + 3 * -1, 3 + 4 * 2]]
+    assert draw.from_target.tolist() == [[10 + 0.5 * 1, 20 + 0.5 * -1, 30 + 0.5 * 2]]
+    assert draw.state.tolist() == [[10 + 0.5 * 1, 2 + 3 * -1, 30 + 0.5 * 2]]
     assert noise.probabilities == [0.4]
 
 
 def test_rate_1_gives_the_target_component():
     steps, _ = run(InfusionSchedule(num_steps=3, initial_rate=1.0, target_variance=0.04), 50_000)
     for step in steps[:-1]:
-        assert_gaussian(step.state, TARGET, torch.full_like(TARGET, 0.04))
+        assert_gaussian(step.draw.state, TARGET, torch.full_like(TARGET, 0.04))
 
 
 def test_rate_0_gives_the_model():
     # Closed-form moments of every state, and the same bits as the sampling chain under the same noise.
     n, num_steps = 50_000, 4
     steps, operator = run(InfusionSchedule(num_steps=num_steps), n)
-    assert_gaussian(steps[0].state, PRIOR.mean, PRIOR.variance)
+    assert_gaussian(steps[0].draw.state, PRIOR.mean, PRIOR.variance)
     for step in steps[1:-1]:
-        assert_gaussian(step.state, *operator.moments(step.step))
+        assert_gaussian(step.draw.state, *operator.moments(step.step))
     sampled = sampling_chain(PRIOR, operator, num_steps - 1, n, GeneratorNoise.from_seed(0))
     for step, sample in zip(steps[:-1], sampled, strict=True):
-        assert torch.equal(step.state, sample.state)
+        assert torch.equal(step.draw.state, sample.state)
 
 
 def test_states_have_the_moments_of_the_mixture():
@@ -119,9 +122,9 @@ def test_states_have_the_moments_of_the_mixture():
             d = centre - mean
             variance += weight * (d**2 + spread)
             fourth += weight * (d**4 + 6 * d**2 * spread + 3 * spread**2)
-        assert_moments(step.state, mean, variance, fourth)
+        assert_moments(step.draw.state, mean, variance, fourth)
         # Dimensions are infused independently: given the target, their covariance is zero.
-        centred = (step.state - mean) / variance.sqrt()
+        centred = (step.draw.state - mean) / variance.sqrt()
         correlation = (centred.T @ centred / n)[~torch.eye(DIMENSIONS, dtype=torch.bool)]
         assert correlation.abs().max() < 5 / math.sqrt(n)
 
@@ -139,14 +142,14 @@ def test_chain_has_the_schedule_s_steps_and_the_last_draws_nothing():
     assert noise.probabilities == pytest.approx([0.1, 0.3, 0.5])
     assert [step.step for step in steps] == [0, 1, 2, 3]
     assert [step.rate for step in steps[:-1]] == noise.probabilities
-    assert steps[-1].state is None
+    assert steps[-1].draw is None
     assert torch.equal(steps[0].transition.mean, PRIOR.mean.expand(batch, DIMENSIONS))
     for step in steps[1:]:
         mean, variance = operator.moments(step.step)
         assert torch.equal(step.transition.mean, mean.expand(batch, DIMENSIONS))
         assert torch.equal(step.transition.variance, variance.expand(batch, DIMENSIONS))
     # Nothing infused and no noise: every state is its transition's mean.
-    assert all(torch.equal(step.state, step.transition.mean) for step in steps[:-1])
+    assert all(torch.equal(step.draw.state, step.transition.mean) for step in steps[:-1])
 
 
 def test_operator_sees_each_state_with_the_number_of_the_next_step():
@@ -154,7 +157,7 @@ def test_operator_sees_each_state_with_the_number_of_the_next_step():
     assert [step for _, step in operator.calls] == [1, 2, 3, 4, 5]
     for (state, number), step in zip(operator.calls, steps, strict=False):
         assert number == step.step + 1
-        assert state is step.state
+        assert state is step.draw.state
 
 
 def test_chain_computes_a_step_when_asked_for_it():
@@ -177,10 +180,56 @@ def test_states_are_constants_and_transitions_are_not(rate):
     schedule = InfusionSchedule(num_steps=3, initial_rate=rate)
     target = TARGET.expand(4, DIMENSIONS)
     steps = list(infusion_chain(PRIOR, operator, schedule, target, GeneratorNoise.from_seed(0)))
-    assert not any(step.state.requires_grad for step in steps[:-1])
+    assert not any(step.draw.state.requires_grad for step in steps[:-1])
     for step in steps[1:]:
         (gradient,) = torch.autograd.grad(step.transition.log_prob(target).sum(), scales)
         assert (gradient != 0).tolist() == [number == step.step for number in (1, 2, 3)]
+
+
+def test_reparametrised_states_carry_the_gradient_through_the_chain():
+    # z⁽²⁾ = μ₂ + √v₂ ε with μ₂ = a₂ (μ₁ + √v₁ ε'), μ₁ = a₁ z⁽⁰⁾, by hand; infused dimensions carry none.
+    scales = torch.tensor([2.0, 3.0, 1.0], dtype=torch.float64, requires_grad=True)
+    draws = [vector(0.5, -1, 2)[None] for _ in range(3)]
+    masks = [torch.zeros(1, DIMENSIONS, dtype=torch.bool) for _ in range(2)]
+    masks.append(torch.tensor([[False, True, False]]))
+
+    def operator(state, step):
+        return FactorialGaussian(state * scales[step - 1], torch.ones_like(state))
+
+    schedule = InfusionSchedule(num_steps=3, initial_rate=0.5)
+    noise = ScriptedNoise(masks, draws)
+    steps = list(infusion_chain(PRIOR, operator, schedule, TARGET[None], noise, reparametrised=True))
+    z0, _, z2 = (step.draw.state for step in steps[:-1])
+    assert not z0.requires_grad
+    for dimension, eps in ((0, 0.5), (2, 2.0)):
+        (gradient,) = torch.autograd.grad(z2[0, dimension], scales, retain_graph=True)
+        z1 = 2 * z0[0, dimension].item() + eps
+        assert gradient.tolist() == pytest.approx([3 * z0[0, dimension].item(), z1, 0])
+    (gradient,) = torch.autograd.grad(z2[0, 1], scales)
+    assert gradient.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("mask", ["value", "pixel"])
+def test_a_pixel_s_channels_are_infused_together_where_the_mask_says_so(mask):
+    # With components far apart, it can be told from a state what was infused: α of the pixels, or of the values.
+    transition = FactorialGaussian(torch.zeros(2000, 3, 4, 5), torch.full((2000, 3, 4, 5), 1e-4))
+    schedule = InfusionSchedule(num_steps=1, mask=mask)
+    draw = infuse(transition, torch.ones(2000, 3, 4, 5), 0.3, schedule, GeneratorNoise.from_seed(0))
+    infused = draw.state > 0.5
+    assert infused.double().mean().item() == pytest.approx(0.3, abs=0.01)
+    together = (infused.all(1) | ~infused.any(1)).double().mean().item()
+    assert together == (1 if mask == "pixel" else pytest.approx(0.3**3 + 0.7**3, abs=0.01))
+
+
+def test_clamp_is_applied_to_every_state_before_it_is_used():
+    operator = ConstantOperator()
+    chain = sampling_chain(
+        PRIOR, operator, 3, 5, GeneratorNoise.from_seed(0), clamp=lambda state: torch.full_like(state, 7.0)
+    )
+    steps = list(chain)
+    assert all((step.state == 7).all() for step in steps)
+    assert all((state == 7).all() for state, _ in operator.calls)
+    assert torch.equal(steps[0].transition.mean, PRIOR.mean.expand(5, DIMENSIONS))
 
 
 def test_sampling_chain_with_an_operator_that_ignores_the_state():

@@ -62,7 +62,7 @@ class TestTrain:
 
     def test_unknown_preset(self, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]) -> None:
         line = error_of("train", [staged_digits, "--runs", bucket_uri, "--preset", "imagenet"], capsys)
-        assert "no preset 'imagenet'; choose one of mnist, digits" in line
+        assert "no preset 'imagenet'; choose one of mnist, tfd, cifar10, celeba, digits" in line
 
     def test_image_shape_of_another_data_set(
         self, staged_digits: str, bucket_uri: str, capsys: pytest.CaptureFixture[str]

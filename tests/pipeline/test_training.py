@@ -1,5 +1,6 @@
 """The bare loop: two workers against one, a run resumed against one that was not, and bounds that add up."""
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch.distributions import Independent, Normal
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig, save_model
 from infusion_core.noise import GeneratorNoise
+from infusion_core.objective import OBJECTIVES, ObjectiveName
 from infusion_core.pixels import dequantise
 from pipeline.bound_evaluation import BoundSums, chunk_share, load_chunks, sum_bound, sum_log_prob
 from pipeline.errors import UserError
@@ -73,6 +75,28 @@ def test_training_raises_the_bound_of_the_best_model(digits: Digits) -> None:
     assert bounds[-1] > bounds[0] + 10
     assert training.best_bound == max(bounds)
     assert training.best_epoch == bounds.index(max(bounds)) + 1
+
+
+@pytest.mark.parametrize("objective", ["lower_bound", "reparametrised_lower_bound"])
+def test_a_run_that_begins_with_denoising_goes_on_with_the_bound(digits: Digits, objective: ObjectiveName) -> None:
+    config = dataclasses.replace(CONFIG, objective=objective, denoising_epochs=2)
+    images = load_rows(digits[0], digits[1], "train", 0, 128)
+    for epoch, name in ((1, "denoising"), (2, "denoising"), (3, objective)):
+        training = Training(config, *digits)
+        training.epoch = epoch
+        training.model.train()
+        noise, model = GeneratorNoise.from_seed(0), copy.deepcopy(training.model)
+        target = dequantise(images, 17, noise)
+        expected = sum(OBJECTIVES[name](model.prior, model.operator, model.schedule, target, noise))
+        expected.backward()
+        loss = training.train_step(images, GeneratorNoise.from_seed(0))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        # Adam's first step moves every parameter by the learning rate against the sign of its gradient.
+        parameters = zip(training.model.operator.parameters(), model.operator.parameters(), strict=True)
+        for after, before in parameters:
+            sure = before.grad.abs() > 1e-4 * before.grad.abs().max()
+            step = (after - before)[sure].sign()
+            assert torch.equal(step, -before.grad[sure].sign())
 
 
 WORKER_SCRIPT = """
