@@ -7,6 +7,7 @@ number: the result does not depend on how many workers share the chunks out.
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ class BoundSums:
     """
 
     values: Tensor
+
+    @classmethod
+    def of(cls, addends: Tensor) -> Self:
+        """Returns the sums over images of the bound's addends, shape `(3, n)`, in the order of `LogWeight`."""
+        addends = addends.double()
+        squares = addends.sum(0).square().sum()
+        return cls(torch.cat([addends.new_tensor([addends.shape[1]]), addends.sum(1), squares[None]]))
 
     @property
     def count(self) -> int:
@@ -89,9 +97,7 @@ def sum_bound(model: InfusionModel, chunks: Iterable[Chunk], seed: int) -> Bound
             noise = GeneratorNoise.from_seed(seed, chunk, device=device)
             target = dequantise(images.to(device), model.config.levels, noise)
             weight = log_weight(model.prior, model.operator, model.schedule, target, noise)
-            addends = torch.stack([weight.prior, weight.transitions, weight.reconstruction]).double()
-            squares = addends.sum(0).square().sum()
-            total += torch.cat([total.new_tensor([len(images)]), addends.sum(1), squares[None]])
+            total += BoundSums.of(torch.stack([weight.prior, weight.transitions, weight.reconstruction])).values
     return BoundSums(total.cpu())
 
 

@@ -1,25 +1,30 @@
-"""Evaluation of a registered model on a staged data set: the lower bound, beside what a Gaussian scores."""
+"""Evaluation of a registered model on a staged data set.
+
+The lower bound and what a Gaussian scores are always measured; other judges are asked by name. All measurements are
+kept as a record (`pipeline.measurements`) with the run that trained the model.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from infusion_core.noise import GeneratorNoise, derive_seed
-from infusion_core.pixels import bits_per_dimension
 from pipeline import model_package, registry, storage, tracking
-from pipeline.bound_evaluation import chunk_share, load_chunks, sum_bound, sum_log_prob
+from pipeline.errors import UserError
+from pipeline.image_judging import Judging
+from pipeline.judges import JUDGES, JudgeConfig, Subject, gaussian, lower_bound
 from pipeline.manifest import Manifest
+from pipeline.measurements import EvaluationRecord, record_path
 from pipeline.progress import Progress
 from pipeline.tracking import TrackedRun
-from pipeline.training import bound_metrics, check_images, estimate_statistics, training_gaussian
+from pipeline.training import check_images, estimate_statistics
 from pipeline.training_images import open_training_images
 
 STATISTICS_BATCH = 512
-BASELINE_FLOORS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 T = TypeVar("T")
 
@@ -51,6 +56,8 @@ class EvaluationResult:
         baseline_standard_error: of that mean.
         baseline_at_model_floor: the same Gaussian's log-likelihood with the model's variance floor.
         baseline_bits_per_dimension: the baseline in bits.
+        measurements: all that was measured, by judge.
+        record: where the measurements are kept: an artifact of the run.
         mlflow_run: where the figures were logged: the run that trained the model.
     """
 
@@ -60,92 +67,146 @@ class EvaluationResult:
     images: int
     variance_floor: float
     lower_bound: float
-    lower_bound_standard_error: float
+    lower_bound_standard_error: float | None
     bits_per_dimension: float
     baseline_variance_floor: float
     baseline_log_likelihood: float
-    baseline_standard_error: float
+    baseline_standard_error: float | None
     baseline_at_model_floor: float
     baseline_bits_per_dimension: float
+    measurements: dict[str, Any]
+    record: str
     mlflow_run: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationWorkers:
+    """Who does the work.
+
+    Attributes:
+        num_workers: Ray workers that share out the images; with one, the job's own process does the work.
+        threads_per_worker: CPU threads of each of several workers.
+        use_gpu: compute on GPUs: each worker on one, or the job on its own.
+        partial_results: folder on S3 or local in which finished parts are kept, so that a long evaluation that was
+            interrupted goes on when it is started again.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    num_workers: int = 1
+    threads_per_worker: int = 1
+    use_gpu: bool = False
+    partial_results: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "threads_per_worker"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
 def evaluate(
-    model_uri: str, dataset: str, *, split: str = "test", seed: int = 0, use_gpu: bool = False
+    model_uri: str,
+    dataset: str,
+    judges: Sequence[str] = (),
+    config: JudgeConfig | None = None,
+    workers: EvaluationWorkers | None = None,
 ) -> EvaluationResult:
     """Evaluates a registered model, with batch statistics re-estimated over the training split.
 
     Args:
         model_uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
         dataset: address of the staged data set.
-        split: the split to evaluate on.
-        seed: of all noise.
-        use_gpu: compute on this process's GPU.
+        judges: what else to measure than the bound and the Gaussian baseline; names of `JUDGES`.
+        config: how thoroughly.
+        workers: who does the work.
 
     Raises:
-        UserError: model or data set cannot be had, or do not fit each other.
+        UserError: model or data set cannot be had, do not fit each other, or cannot be judged so.
     """
+    config, workers = config or JudgeConfig(), workers or EvaluationWorkers()
+    if unknown := [judge for judge in judges if judge not in JUDGES]:
+        raise UserError(f"there is no judge {unknown[0]!r}; choose of {', '.join(JUDGES)}")
     storage.check_reachable(dataset)
     tracking.check_reachable()
     manifest = Manifest.load(dataset)
     registered = registry.find(model_uri)
-    device = torch.device("cuda" if use_gpu else "cpu")
+    device = torch.device("cuda" if workers.use_gpu else "cpu")
     model = model_package.load(registered).to(device)
-    config = model.config
-    check_images(config, dataset, manifest)
+    check_images(model.config, dataset, manifest)
     with Progress("estimate statistics", manifest.rows("train"), "images") as progress:
         # Batches of equal size, in random order: a small last one, or one of a single class, would have odd moments.
         batch_size = manifest.rows("train") // math.ceil(manifest.rows("train") / STATISTICS_BATCH)
         images = open_training_images(dataset, manifest, "train", 0, 1, device)
-        batches = _counted(images.batches(batch_size, seed, _Stream.STATISTICS_ORDER), len, progress)
-        noise = GeneratorNoise.from_seed(seed, _Stream.STATISTICS_NOISE, device=device)
+        batches = _counted(images.batches(batch_size, config.seed, _Stream.STATISTICS_ORDER), len, progress)
+        noise = GeneratorNoise.from_seed(config.seed, _Stream.STATISTICS_NOISE, device=device)
         estimate_statistics(model, batches, noise)
-    chunks = chunk_share(manifest.rows(split), 0, 1)
-    noise_seed = derive_seed((seed, _Stream.SPLIT))
-    with Progress(f"evaluate {split}", manifest.rows(split), "images") as progress:
-        counted = _counted(load_chunks(dataset, manifest, split, chunks), lambda chunk: len(chunk[1]), progress)
-        bound = sum_bound(model, counted, noise_seed)
-    floor = baseline_floor(dataset, manifest, noise_seed)
-    baseline, at_model_floor = (
-        sum_log_prob(
-            training_gaussian(manifest, least), load_chunks(dataset, manifest, split, chunks), config.levels, noise_seed
-        )
-        for least in (floor, config.variance_floor)
+    judging = Judging(
+        model.eval(),
+        f"{registered.uri} of run {registered.run_id}, seed {config.seed}",
+        dataset,
+        manifest,
+        workers.num_workers,
+        workers.threads_per_worker,
+        workers.partial_results,
     )
-    same_data = manifest.origin.fingerprint == registered.tags.get("dataset_fingerprint")
-    # The run's own curves, and what decides on promotion, are of its own data and are left as they are.
-    label = "test" if same_data and split == "test" else f"evaluation/{manifest.name}/{split}"
+    subject = Subject(judging, config, derive_seed((config.seed, _Stream.SPLIT)))
     run = TrackedRun.of(registered.run_id)
-    figures = {**bound_metrics(label, bound, config), f"{label}/baseline_log_likelihood": baseline.mean}
-    run.log_metrics([(int(registered.tags.get("best_epoch", "0")), figures)])
-    registry.set_tags(registered, {f"{label}/lower_bound": str(bound.mean)})
-    return EvaluationResult(
+    path = record_path(manifest.name, config.split)
+    record = EvaluationRecord(
         model=registered.uri,
         dataset=dataset,
-        split=split,
-        images=bound.count,
-        variance_floor=config.variance_floor,
-        lower_bound=bound.mean,
+        split=config.split,
+        seed=config.seed,
+        commit=tracking.git_commit(),
+        measurements=(),
+    )
+    if (earlier := run.read_file(path)) is not None:
+        record = record.with_measurements(EvaluationRecord.from_json(earlier, f"{path} of run {run.uri}").measurements)
+    for judge in (lower_bound, gaussian, *(JUDGES[name] for name in judges)):
+        # Logged one by one: what was measured is kept, should a later judge fail or be interrupted.
+        record = record.with_measurements(judge(subject))
+        run.log_file(path, record.to_json().encode())
+    _log(record, registered, run, manifest)
+    return _result(record, run, path)
+
+
+def _log(record: EvaluationRecord, registered: registry.RegisteredModel, run: TrackedRun, manifest: Manifest) -> None:
+    """Logs the measurements as metrics of the run, and the bound as a tag of the version."""
+    same_data = manifest.origin.fingerprint == registered.tags.get("dataset_fingerprint")
+    # The run's own curves, and what decides on promotion, are of its own data and are left as they are.
+    label = "test" if same_data and record.split == "test" else f"evaluation/{manifest.name}/{record.split}"
+    figures = {f"{label}/{measurement.judge}": measurement.value for measurement in record.measurements}
+    bound = record.measurement("lower_bound")
+    figures[f"{label}/lower_bound_standard_error"] = bound.standard_error or math.nan
+    figures[f"{label}/bits_per_dimension"] = bound.details["bits_per_dimension"]
+    run.log_metrics([(int(registered.tags.get("best_epoch", "0")), figures)])
+    registry.set_tags(registered, {f"{label}/lower_bound": str(bound.value)})
+
+
+def _result(record: EvaluationRecord, run: TrackedRun, path: str) -> EvaluationResult:
+    bound, baseline = record.measurement("lower_bound"), record.measurement("gaussian")
+    return EvaluationResult(
+        model=record.model,
+        dataset=record.dataset,
+        split=record.split,
+        images=bound.images,
+        variance_floor=bound.details["variance_floor"],
+        lower_bound=bound.value,
         lower_bound_standard_error=bound.standard_error,
-        bits_per_dimension=bits_per_dimension(bound.mean, config.dimensions, config.levels),
-        baseline_variance_floor=floor,
-        baseline_log_likelihood=baseline.mean,
+        bits_per_dimension=bound.details["bits_per_dimension"],
+        baseline_variance_floor=baseline.details["variance_floor"],
+        baseline_log_likelihood=baseline.value,
         baseline_standard_error=baseline.standard_error,
-        baseline_at_model_floor=at_model_floor.mean,
-        baseline_bits_per_dimension=bits_per_dimension(baseline.mean, config.dimensions, config.levels),
+        baseline_at_model_floor=baseline.details["at_model_floor"],
+        baseline_bits_per_dimension=baseline.details["bits_per_dimension"],
+        measurements={
+            measurement.judge: {"name": measurement.name, "value": measurement.value, "of": measurement.images}
+            for measurement in record.measurements
+        },
+        record=f"runs:/{run.run_id}/{path}",
         mlflow_run=run.uri,
     )
-
-
-def baseline_floor(dataset: str, manifest: Manifest, seed: int) -> float:
-    """Returns the variance floor, of `BASELINE_FLOORS`, at which the training split's Gaussian fits validation best."""
-    numbers = chunk_share(manifest.rows("valid"), 0, 1)
-
-    def valid_log_likelihood(floor: float) -> float:
-        chunks = load_chunks(dataset, manifest, "valid", numbers)
-        return sum_log_prob(training_gaussian(manifest, floor), chunks, manifest.levels, seed).mean
-
-    return max(BASELINE_FLOORS, key=valid_log_likelihood)
 
 
 def _counted(items: Iterable[T], size: Callable[[T], int], progress: Progress) -> Iterator[T]:

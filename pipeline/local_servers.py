@@ -307,6 +307,8 @@ class RayHead(Service):
             "RAY_USAGE_STATS_ENABLED": "0",
             "DASHBOARD_METRIC_PORT": str(launch.ports["dashboard_metrics"]),
             "AUTOSCALER_METRIC_PORT": str(launch.ports["autoscaler_metrics"]),
+            # Ray would run workers at a lower priority than its own daemons and the other services.
+            "RAY_worker_niceness": "0",
             # Nothing can move to another node: waiting for work to do so would only delay the end.
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         }

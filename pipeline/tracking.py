@@ -129,6 +129,15 @@ class TrackedRun:
             (Path(temporary) / name).write_bytes(content)
             MlflowClient().log_artifact(self.run_id, str(Path(temporary) / name), folder or None)
 
+    def read_file(self, path: str) -> bytes | None:
+        """Returns the artifact at `path` below the run's artifacts, or `None` if there is none."""
+        folder = path.rpartition("/")[0]
+        client = MlflowClient()
+        with mlflow_errors(f"read {path} of run {self.run_id}"), tempfile.TemporaryDirectory() as temporary:
+            if path not in {file.path for file in client.list_artifacts(self.run_id, folder or None)}:
+                return None
+            return Path(client.download_artifacts(self.run_id, path, temporary)).read_bytes()
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run."""
         with mlflow_errors(f"tag run {self.run_id}"):

@@ -14,7 +14,10 @@ from pipeline import sources, storage
 from pipeline.manifest import Manifest
 from pipeline.staging import stage
 
-JOBS = ("stage", "train", "evaluate", "sample", "promote", "services", "demo")
+JOBS = (
+    *("stage", "train", "evaluate", "sample", "inpaint", "promote", "train_classifier"),
+    *("services", "demo"),
+)
 
 
 @pytest.fixture

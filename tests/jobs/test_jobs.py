@@ -76,7 +76,7 @@ def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: s
     evaluated = submit("evaluate", trained["challenger"], dataset)
     assert evaluated["model"] == trained["model"]
     assert evaluated["images"] == 250
-    assert evaluated["variance_floor"] == float(run.data.params["variance_floor"]) == 5e-3
+    assert evaluated["variance_floor"] == float(run.data.params["variance_floor"]) == 1e-3
     assert evaluated["baseline_log_likelihood"] > evaluated["baseline_at_model_floor"]
     assert evaluated["lower_bound_standard_error"] > 0
     logged = client.get_run(version.run_id).data.metrics

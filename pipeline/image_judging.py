@@ -1,0 +1,175 @@
+"""Figures of single images under a model, shared out among workers.
+
+A split is cut into units of a fixed number of images, and a unit's noise is determined by the seed and the unit's
+number. Figures are kept by image, in the split's order, and added up only then: the result does not depend on how many
+workers shared the units out. Finished units can be kept, so that long work goes on where it was interrupted.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from infusion_core.model import InfusionModel
+from pipeline import storage
+from pipeline.manifest import Manifest
+from pipeline.progress import Progress
+from pipeline.shards import load_rows
+
+Figures = dict[str, Tensor]
+"""Figures by name: the first dimension is that of the images."""
+
+
+class ImageJudge(Protocol):
+    """What is computed of images: a frozen dataclass that says all that the figures depend on but model and images."""
+
+    @property
+    def images_per_unit(self) -> int:
+        """How many images are judged at a time."""
+        ...
+
+    def judge(self, model: InfusionModel, images: Tensor, unit: int) -> Figures:
+        """Returns figures of uint8 images of shape `(n, C, H, W)` on the model's device; `unit` is for the noise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Who judges which images.
+
+    Attributes:
+        model: in evaluation mode, on the device to work on (or whose kind of device workers are to work on).
+        model_name: what identifies the model, for partial results.
+        dataset: address of the staged data set.
+        manifest: its manifest.
+        num_workers: Ray workers; with one, the work is done in this process.
+        threads_per_worker: CPU threads of each of several workers.
+        partial_results: folder in which finished units are kept; `None` keeps none.
+    """
+
+    model: InfusionModel
+    model_name: str
+    dataset: str
+    manifest: Manifest
+    num_workers: int = 1
+    threads_per_worker: int = 1
+    partial_results: str | None = None
+
+    def run(self, title: str, judge: ImageJudge, split: str, images: int | None = None) -> Figures:
+        """Judges the first `images` images of a split, or all of it.
+
+        Args:
+            title: of the progress that is shown.
+            judge: what to compute.
+            split: the split.
+            images: how many images; all by default.
+
+        Raises:
+            UserError: the data cannot be read, or the cluster cannot hold the workers.
+        """
+        rows = self.manifest.rows(split) if images is None else min(images, self.manifest.rows(split))
+        units = range(math.ceil(rows / judge.images_per_unit))
+        folder = self._folder(judge, split)
+        results: dict[int, Figures] = {}
+        if folder is not None:
+            for unit in units:
+                file = _unit_file(folder, unit, rows)
+                if storage.exists(file):
+                    results[unit] = load_tensors(storage.read_bytes(file))
+        todo = [unit for unit in units if unit not in results]
+
+        def bounds(unit: int) -> tuple[int, int]:
+            return unit * judge.images_per_unit, min((unit + 1) * judge.images_per_unit, rows)
+
+        with Progress(title, rows, "images") as progress, ExitStack() as stack:
+            for unit in results:
+                progress.advance(bounds(unit)[1] - bounds(unit)[0])
+            work = self._in_process if self.num_workers == 1 else self._on_ray
+            for unit, figures in work(stack, judge, split, [(unit, *bounds(unit)) for unit in todo]):
+                results[unit] = figures
+                if folder is not None:
+                    storage.write_bytes(_unit_file(folder, unit, rows), save_tensors(figures))
+                progress.advance(bounds(unit)[1] - bounds(unit)[0])
+        return {name: torch.cat([results[unit][name] for unit in units]) for name in results[0]}
+
+    def _folder(self, judge: ImageJudge, split: str) -> str | None:
+        if self.partial_results is None:
+            return None
+        settings = {**asdict(judge), "images_per_unit": judge.images_per_unit}  # type: ignore[call-overload]
+        identity = [self.model_name, self.manifest.origin.fingerprint, split, type(judge).__name__, settings]
+        digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
+        return storage.join(self.partial_results, digest)
+
+    def _in_process(
+        self, stack: ExitStack, judge: ImageJudge, split: str, units: list[tuple[int, int, int]]
+    ) -> Iterator[tuple[int, Figures]]:
+        del stack
+        worker = _Worker(self.model, self.dataset, self.manifest)
+        for unit in units:
+            yield unit[0], worker.judge(judge, split, *unit)
+
+    def _on_ray(
+        self, stack: ExitStack, judge: ImageJudge, split: str, units: list[tuple[int, int, int]]
+    ) -> Iterator[tuple[int, Figures]]:
+        if not units:
+            return
+        import ray
+        from ray.util import ActorPool
+
+        from pipeline import cluster
+
+        cluster.connect()
+        uses_gpu = self.model.prior_mean.device.type == "cuda"
+        per_worker = {"CPU": float(self.threads_per_worker), "GPU": float(uses_gpu)}
+        cluster.check_capacity(self.num_workers, per_worker)
+        remote = ray.remote(num_cpus=per_worker["CPU"], num_gpus=per_worker["GPU"])(_RayWorker)
+        model = ray.put(self.model.to("cpu"))
+        actors: list[Any] = [
+            remote.remote(model, self.dataset, self.manifest, self.threads_per_worker, uses_gpu)
+            for _ in range(min(self.num_workers, len(units)))
+        ]
+        for actor in actors:
+            stack.callback(ray.kill, actor)
+
+        def judge_unit(actor: Any, unit: tuple[int, int, int]) -> Any:
+            return actor.judge.remote(judge, split, *unit)
+
+        yield from ActorPool(actors).map_unordered(judge_unit, units)
+
+
+def _unit_file(folder: str, unit: int, rows: int) -> str:
+    # A last unit that is cut short by the number of images is not that of a longer run.
+    return storage.join(folder, f"{rows}-images", f"unit-{unit:05}.safetensors")
+
+
+class _Worker:
+    """Judges units of a split."""
+
+    def __init__(self, model: InfusionModel, dataset: str, manifest: Manifest) -> None:
+        self.model = model
+        self.dataset = dataset
+        self.manifest = manifest
+
+    @torch.no_grad()
+    def judge(self, judge: ImageJudge, split: str, unit: int, start: int, stop: int) -> Figures:
+        images = load_rows(self.dataset, self.manifest, split, start, stop).to(self.model.prior_mean.device)
+        return {name: figure.cpu() for name, figure in judge.judge(self.model, images, unit).items()}
+
+
+class _RayWorker(_Worker):
+    """The same in a process of its own."""
+
+    def __init__(self, model: InfusionModel, dataset: str, manifest: Manifest, threads: int, use_gpu: bool) -> None:
+        torch.set_num_threads(threads)
+        super().__init__(model.to("cuda" if use_gpu else "cpu").eval(), dataset, manifest)
+
+    def judge(self, judge: ImageJudge, split: str, unit: int, start: int, stop: int) -> Any:
+        return unit, super().judge(judge, split, unit, start, stop)
