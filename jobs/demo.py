@@ -1,7 +1,7 @@
 """Runs the main jobs end to end on local services, which are started if they are not up and left up.
 
-Each job (stage, train, evaluate, promote, sample) is submitted with `ray job submit`. Pictures and a summary are
-written to `demo/`. End the services with `make down`.
+Each job (stage, train, evaluate, promote, sample, report) is submitted with `ray job submit`. Pictures, the report and
+a summary are written to `demo/`. End the services with `make down`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ class DemoResult:
 
     samples: str
     chains: str
+    report: str
     summary: str
     mlflow_run: str
     registered_model: str
@@ -34,7 +35,7 @@ class DemoResult:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo and returns its exit status."""
     parser = job_parser("demo", __doc__ or "")
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="gets the pictures and the summary")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="gets what is to be looked at")
     return run_job(parser, _demo, argv)
 
 
@@ -48,6 +49,7 @@ def _demo(args: argparse.Namespace) -> DemoResult:
     return DemoResult(
         samples=str(args.folder / "samples.png"),
         chains=str(args.folder / "chains.png"),
+        report=str(args.folder / "report.html"),
         summary=str(args.folder / "summary.json"),
         mlflow_run=uris["mlflow_run"],
         registered_model=uris["registry"],

@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="mean",
         help="what is taken of the last transition: its mean, as in the paper, or a draw from it (default: mean)",
     )
+    parser.add_argument(
+        "--neighbours-in",
+        metavar="DATASET",
+        help="also find the training images nearest to some samples, in this staged data set (neighbours.png)",
+    )
     parser.add_argument("--use-gpu", action="store_true", help="compute on the GPU that the job was given")
     return run_job(parser, _sample, argv)
 
@@ -46,6 +51,7 @@ def _sample(args: argparse.Namespace) -> "SamplingResult":
         num_steps=args.num_steps,
         seed=args.seed,
         last_step=args.last_step,
+        neighbours_in=args.neighbours_in,
         use_gpu=args.use_gpu,
     )
 

@@ -21,6 +21,7 @@ from pipeline.tracking import git_commit
 DATASET = "s3://infusion/datasets/digits"
 RUNS = "s3://infusion/runs"
 SAMPLES = "s3://infusion/samples"
+REPORTS = "s3://infusion/reports"
 REGISTERED_MODEL = "infusion-digits"
 NUM_WORKERS = 2
 
@@ -29,12 +30,12 @@ _RAY_CLIENT_LINE = re.compile(r"\b(INFO|SUCC|WARNING) \w+\.py:\d+ -- ")
 
 
 def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[str, Any]:
-    """Stages the digits, trains, evaluates, promotes and samples; writes pictures and a summary to `folder`.
+    """Stages the digits, trains, evaluates, promotes, samples and reports; writes what is to be seen to `folder`.
 
     Args:
         services: they are started if they are not up, and left up.
         repository: the folder that the jobs' code is submitted from.
-        folder: gets `samples.png`, `chains.png` and `summary.json`.
+        folder: gets `samples.png`, `chains.png`, `report.html` and `summary.json`.
 
     Returns:
         The summary: figures, addresses, and seconds a stage.
@@ -61,10 +62,11 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
     model = trained["model"]
     with ThreadPoolExecutor() as pool:
         # These three do not need one another.
-        evaluating = pool.submit(job, "evaluate", model, DATASET)
+        evaluating = pool.submit(job, "evaluate", model, DATASET, "--judges", "importance_sampling")
         sampling = pool.submit(job, "sample", model, f"{SAMPLES}/{name}")
         promoting = pool.submit(job, "promote", REGISTERED_MODEL)
     evaluated, sampled, promoted = evaluating.result(), sampling.result(), promoting.result()
+    reported = job("report", f"{REPORTS}/{name}", model)
 
     folder.mkdir(parents=True, exist_ok=True)
     for picture in ("samples", "chains"):
@@ -79,6 +81,7 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
         "baseline_bits_per_dimension",
         "baseline_at_model_floor",
     )
+    (folder / "report.html").write_bytes(storage.read_bytes(reported["report"]))
     summary = {
         "figures": {
             **{f"test_{key}": evaluated[key] for key in (*figures, *baseline)},
@@ -95,6 +98,7 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
             "champion": f"models:/{REGISTERED_MODEL}@champion",
             "registry": f"{os.environ['MLFLOW_TRACKING_URI']}/#/models/{REGISTERED_MODEL}",
             "samples": sampled["table"],
+            "report": reported["report"],
             "ray_dashboard": os.environ["RAY_API_SERVER_ADDRESS"],
         },
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},

@@ -4,7 +4,7 @@ Small images are enlarged by whole factors without interpolation: a pixel stays 
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from infusion_core.noise import Noise
 _GAP = 2
 _BACKGROUND = 255
 _MARGIN = 16
+_TITLE = 22
 
 
 def image_grid(rows: Tensor, *, column_titles: Sequence[str] = (), image_pixels: int = 56) -> Image.Image:
@@ -89,6 +90,17 @@ def infusion_chains_picture(model: InfusionModel, targets: Tensor, noise: Noise)
     return image_grid(torch.stack([*images, targets]).transpose(0, 1), column_titles=titles)
 
 
+def neighbours_picture(samples: Tensor, neighbours: Tensor) -> Image.Image:
+    """Draws samples and the training images nearest to each, a sample a row (Figure 4).
+
+    Args:
+        samples: in [0, 1], shape `(N, C, H, W)`.
+        neighbours: the nearest first, in [0, 1], shape `(N, K, C, H, W)`.
+    """
+    titles = ["sample", *(f"nearest {rank}" for rank in range(1, neighbours.shape[1] + 1))]
+    return image_grid(torch.cat([samples[:, None], neighbours], 1), column_titles=titles)
+
+
 def inpainting_picture(images: Tensor, known: Tensor, completed: Tensor) -> Image.Image:
     """Draws images, what was known of them, and their completions, an image a row (Figure 5).
 
@@ -100,6 +112,20 @@ def inpainting_picture(images: Tensor, known: Tensor, completed: Tensor) -> Imag
     masked = torch.where(known, images, torch.full_like(images, 0.5))
     titles = ["original", "known", *(str(number) for number in range(1, completed.shape[1] + 1))]
     return image_grid(torch.cat([images[:, None], masked[:, None], completed], 1), column_titles=titles)
+
+
+def stacked(pictures: Mapping[str, Image.Image]) -> Image.Image:
+    """Puts pictures one below the other, each under its title (chains over the epochs, or of several schedules)."""
+    width = max(picture.width for picture in pictures.values())
+    height = sum(picture.height + _TITLE for picture in pictures.values())
+    canvas = Image.new("RGB", (width, height), (_BACKGROUND,) * 3)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
+    top = 0
+    for title, picture in pictures.items():
+        draw.text((_GAP, top + 4), title, fill=0, font=font)
+        canvas.paste(picture, (0, top + _TITLE))
+        top += picture.height + _TITLE
+    return canvas
 
 
 def png(picture: Image.Image) -> bytes:

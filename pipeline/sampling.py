@@ -5,15 +5,22 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
+from infusion_core.model import ModelConfig
 from infusion_core.noise import GeneratorNoise
 from infusion_core.sampling import LastStep, sample_batches
 from pipeline import model_package, registry, storage, tracking
-from pipeline.figures import png, samples_picture, sampling_chains_picture
+from pipeline.figures import neighbours_picture, png, samples_picture, sampling_chains_picture
+from pipeline.manifest import Manifest
+from pipeline.nearest_neighbours import nearest_neighbours
 from pipeline.progress import Progress
+from pipeline.training import check_images
 
 GRID_SAMPLES = 100
 GRID_COLUMNS = 10
+NEIGHBOUR_SAMPLES = 10
+NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class SamplingResult:
         num_steps: length of the chain.
         grid: picture of the first samples (PNG).
         chains: picture of some whole chains (PNG).
+        neighbours: picture of the first samples beside the training images nearest to them (PNG), if asked for.
         table: all samples (Parquet): `image`, float32 values in height × width × channel order.
         samples_per_second: while drawing.
     """
@@ -35,6 +43,7 @@ class SamplingResult:
     num_steps: int
     grid: str
     chains: str
+    neighbours: str | None
     table: str
     samples_per_second: float
 
@@ -47,9 +56,10 @@ def sample(
     num_steps: int | None = None,
     seed: int = 0,
     last_step: LastStep = "mean",
+    neighbours_in: str | None = None,
     use_gpu: bool = False,
 ) -> SamplingResult:
-    """Draws samples from a registered model and writes `samples.png`, `chains.png` and `samples.parquet`.
+    """Draws samples from a registered model and writes what `SamplingResult` names.
 
     The same arguments give the same samples on the same kind of device, in the registered model's `predict` too.
 
@@ -60,6 +70,8 @@ def sample(
         num_steps: length of the chain; as in training by default.
         seed: of all noise.
         last_step: what is taken of the last transition: its mean, or a draw from it.
+        neighbours_in: address of the staged data set in whose training split the nearest images are looked for; none
+            are by default.
         use_gpu: compute on this process's GPU.
 
     Raises:
@@ -85,7 +97,18 @@ def sample(
     chains = storage.join(destination, "chains.png")
     noise = GeneratorNoise.from_seed(seed, device=model.prior_mean.device)
     storage.write_bytes(chains, png(sampling_chains_picture(model, noise, num_steps=steps)))
-    return SamplingResult(registered.uri, len(samples), steps, grid, chains, table, progress.rate)
+    neighbours = None
+    if neighbours_in is not None:
+        neighbours = storage.join(destination, "neighbours.png")
+        storage.write_bytes(neighbours, png(_neighbours(samples[:NEIGHBOUR_SAMPLES], neighbours_in, model.config)))
+    return SamplingResult(registered.uri, len(samples), steps, grid, chains, neighbours, table, progress.rate)
+
+
+def _neighbours(samples: torch.Tensor, dataset: str, config: ModelConfig) -> Image.Image:
+    manifest = Manifest.load(dataset)
+    check_images(config, dataset, manifest)
+    found = nearest_neighbours(samples, dataset, manifest, count=NEIGHBOURS)
+    return neighbours_picture(samples, (found.images + 0.5) / config.levels)
 
 
 def _parquet(samples: torch.Tensor) -> bytes:

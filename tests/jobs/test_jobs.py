@@ -92,13 +92,15 @@ def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: s
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         sampled = submit(
             *("sample", "models:/infusion-digits@champion", f"{bucket_uri}/{name}"),
-            *("--num-samples", "12", "--num-steps", "7", "--seed", seed),
+            *("--num-samples", "12", "--num-steps", "7", "--seed", seed, "--neighbours-in", dataset),
         )
         assert sampled["num_steps"] == 7
         drawn[name] = pq.read_table(_fetched(sampled["table"], tmp_path / f"{name}.parquet"))["image"].to_pylist()
     assert len(drawn["a"]) == 12
     assert drawn["a"] == drawn["b"] != drawn["c"]
     assert Image.open(_fetched(sampled["grid"], tmp_path / "grid.png")).size == (2 + 10 * 58, 2 + 2 * 58)
+    neighbours = Image.open(_fetched(sampled["neighbours"], tmp_path / "neighbours.png"))
+    assert neighbours.size == (2 + 6 * 58, 16 + 2 + 10 * 58)
     assert Image.open(_fetched(sampled["chains"], tmp_path / "chains.png")).size == (2 + 9 * 58, 16 + 2 + 8 * 58)
 
 

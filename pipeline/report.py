@@ -1,0 +1,394 @@
+"""The report of one or several training runs: what was measured, beside the paper, and what it looks like.
+
+All of it is read from MLflow (parameters, curves, records of evaluations, pictures) and drawn from the registered model
+and the staged data set, and put on one page that opens from disk (`pipeline.report_page`).
+"""
+
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from PIL import Image
+
+from infusion_core.inpainting import inpaint
+from infusion_core.noise import GeneratorNoise
+from infusion_core.pixels import dequantise
+from infusion_core.sampling import sample_batches
+from pipeline import model_package, registry, storage, tracking
+from pipeline.curves import estimate_curve, figure_png, rate_curves, training_curves
+from pipeline.errors import UserError
+from pipeline.figures import (
+    infusion_chains_picture,
+    inpainting_picture,
+    neighbours_picture,
+    png,
+    samples_picture,
+    sampling_chains_picture,
+    stacked,
+)
+from pipeline.inpainting import read_mask
+from pipeline.manifest import Manifest
+from pipeline.measurements import EvaluationRecord, Measurement
+from pipeline.nearest_neighbours import nearest_neighbours
+from pipeline.paper import TABLES, PaperTable
+from pipeline.registry import RegisteredModel
+from pipeline.report_page import NOT_MEASURED, Listing, Picture, Section, Table, render
+from pipeline.shards import load_rows
+from pipeline.tracking import TrackedRun
+
+REPORT_FILE = "report.html"
+ROWS = 8
+SAMPLES = 50
+NEIGHBOURS = 5
+COMPLETIONS = 6
+# Of the pictures that were logged during training, so many are shown, from the first to the last.
+LOGGED_PICTURES = 4
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Where the report is.
+
+    Attributes:
+        report: the page.
+        mlflow_run: the run that it was logged to, the first of those reported.
+        runs: how many runs are on it.
+    """
+
+    report: str
+    mlflow_run: str
+    runs: int
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run, and what was kept with it.
+
+    Attributes:
+        run: as MLflow describes it.
+        model: the version that it registered; `None` if it has not ended.
+        records: of its evaluations.
+        history: the metrics of every epoch, with `epoch`.
+        config: `config.json` of the run, as text.
+        manifest: `manifest.json` of the run's data set, as text.
+    """
+
+    run: Run
+    model: RegisteredModel | None
+    records: tuple[EvaluationRecord, ...]
+    history: tuple[Mapping[str, float], ...]
+    config: str
+    manifest: str
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.run.info.run_name or self.run.info.run_id)
+
+    @property
+    def tracked(self) -> TrackedRun:
+        """The run to write to."""
+        return TrackedRun(self.run.info.run_id, self.run.info.experiment_id)
+
+
+def report(runs: Sequence[str], destination: str, *, dataset: str | None = None, seed: int = 0) -> ReportResult:
+    """Writes `report.html`, and logs it to the first run.
+
+    Args:
+        runs: ids of MLflow runs, or models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) that they registered.
+        destination: folder to write to, on S3 or local.
+        dataset: address of the staged data set that pictures are drawn with; that of each run by default.
+        seed: of the pictures.
+
+    Raises:
+        UserError: a run does not exist, was not a training, or its data set cannot be read.
+    """
+    storage.check_reachable(destination)
+    tracking.check_reachable()
+    reported = [gather(spec) for spec in runs]
+    sections = [section for run in reported for section in run_sections(run, dataset, seed)]
+    if len(reported) > 1:
+        sections = [comparison(reported), *sections]
+    names = ", ".join(run.name for run in reported)
+    lead = f"Infusion training of {names}; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
+    page = render(f"Report: {names}", lead, sections).encode()
+    address = storage.join(destination, REPORT_FILE)
+    storage.write_bytes(address, page)
+    reported[0].tracked.log_file(REPORT_FILE, page)
+    return ReportResult(address, reported[0].tracked.uri, len(reported))
+
+
+def gather(spec: str) -> ReportedRun:
+    """Reads what MLflow keeps of a run.
+
+    Raises:
+        UserError: there is no such run or model, or it is not a training's.
+    """
+    client = MlflowClient()
+    run_id = registry.find(spec).run_id if spec.startswith("models:/") else spec
+    with tracking.mlflow_errors(f"look up run {run_id}"):
+        run = client.get_run(run_id)
+    tracked = TrackedRun.of(run_id)
+    config, manifest = tracked.read_file("config.json"), tracked.read_file("manifest.json")
+    if config is None or manifest is None:
+        raise UserError(f"run {tracked.uri} is not that of a training: it has no config.json; name a run of jobs.train")
+    with tracking.mlflow_errors(f"read the metrics and artifacts of run {run_id}"):
+        versions = client.search_model_versions(f"run_id = '{run_id}'")
+        rows: dict[int, dict[str, float]] = defaultdict(dict)
+        for metric in ("train/objective", "valid/lower_bound"):
+            for point in client.get_metric_history(run_id, metric):
+                rows[point.step][metric] = point.value
+        paths = [file.path for file in client.list_artifacts(run_id, "evaluation")]
+    records = [
+        EvaluationRecord.from_json(content, f"{path} of run {tracked.uri}")
+        for path in sorted(paths)
+        if (content := tracked.read_file(path)) is not None
+    ]
+    return ReportedRun(
+        run=run,
+        model=RegisteredModel.of(versions[0]) if versions else None,
+        records=tuple(records),
+        history=tuple({"epoch": epoch, **metrics} for epoch, metrics in sorted(rows.items())),
+        config=config.decode(),
+        manifest=manifest.decode(),
+    )
+
+
+def run_sections(reported: ReportedRun, dataset: str | None, seed: int) -> list[Section]:
+    """Returns what the page says of a run: a section for the run itself, and one for each of its evaluations."""
+    params, tags = reported.run.data.params, reported.run.data.tags
+    pictures = []
+    if reported.history:
+        pictures.append(
+            Picture(
+                "Figure 3: training curves",
+                "The training objective and the lower bound of the validation split, over the epochs.",
+                figure_png(training_curves(reported.history)),
+                pixels=False,
+            )
+        )
+    pictures += _drawn(reported, dataset or params["dataset"], seed)
+    facts = [
+        ("MLflow run", reported.tracked.uri),
+        ("status", reported.run.info.status),
+        ("model", reported.model.uri if reported.model else "not registered yet"),
+        ("data set", params["dataset"]),
+        ("commit", tags.get("mlflow.source.git.commit", "unknown")),
+        ("epochs", params["epochs"]),
+        ("objective", params.get("objective", "denoising")),
+        (
+            "chain",
+            f"T = {params['num_steps']}, α⁽⁰⁾ = {params['initial_rate']}, ω = {params['rate_increment']}, "
+            f"variance floor {params['variance_floor']}, target variance {params['target_variance']}",
+        ),
+    ]
+    listings = [
+        Listing("Resolved configuration", reported.config),
+        Listing("Manifest of the data set", _without_long_lists(reported.manifest)),
+    ]
+    tables = [measured(record) for record in reported.records]
+    data = str(json.loads(reported.manifest)["name"])
+    measurements = [measurement for record in reported.records for measurement in record.measurements]
+    tables += [beside_the_paper(table, data, measurements) for table in TABLES]
+    for record in reported.records:
+        if estimate := record.find("importance_sampling"):
+            pictures.append(
+                Picture(
+                    f"Importance sampling, {record.split} split",
+                    "The estimate over the number of chains an image, and how many weights it rests on in effect.",
+                    figure_png(estimate_curve(estimate.details["curve"])),
+                    pixels=False,
+                )
+            )
+    return [Section(reported.name, facts, tables, pictures, listings)]
+
+
+def measured(record: EvaluationRecord) -> Table:
+    """Returns the table of an evaluation's figures."""
+    rows = [
+        (
+            False,
+            [
+                measurement.name,
+                _figure(measurement),
+                _number(measurement.details.get("bits_per_dimension")),
+                _number(measurement.details.get("variance_floor")),
+                f"{measurement.images:,}",
+                _number(measurement.details.get("real_data")),
+            ],
+        )
+        for measurement in record.measurements
+    ]
+    return Table(
+        f"Evaluation of the {record.split} split",
+        f"{record.model} on {record.dataset}, seed {record.seed}, commit {record.commit}. Log-likelihoods are in nats "
+        "per image of dequantised pixels, ± the standard error over the images; each stands beside the variance floor "
+        "that it was reached with, which caps it. An importance-sampling estimate is itself a lower bound in "
+        "expectation.",
+        ("figure", "value", "bits per dimension", "variance floor", "images", "real data"),
+        rows,
+    )
+
+
+def beside_the_paper(table: PaperTable, data: str, measurements: Sequence[Measurement]) -> Table:
+    """Returns a table of the paper with our figures below the published ones."""
+    rows: list[tuple[bool, list[str]]] = [(False, [row.model, row.figure, "", ""]) for row in table.published]
+    found = [measurement for measurement in measurements if measurement.judge in table.judges]
+    rows += [
+        (
+            True,
+            [
+                f"this run on {data}: {measurement.name}",
+                _figure(measurement),
+                _number(measurement.details.get("variance_floor")),
+                f"{measurement.images:,}",
+            ],
+        )
+        for measurement in found
+    ]
+    if not found:
+        rows.append((True, [f"this run on {data}", NOT_MEASURED, "", ""]))
+    note = table.note if data == table.data else f"{table.note} This run is of other data: its figures do not compare."
+    return Table(table.title, note, ("model", "figure", "variance floor", "images"), rows)
+
+
+def comparison(reported: Sequence[ReportedRun]) -> Section:
+    """Returns what is to be seen of several runs side by side: their bounds, and curves by infusion rate (Figure 6)."""
+    rows = []
+    curves: dict[str, dict[int, dict[float, list[tuple[float, float]]]]] = defaultdict(lambda: defaultdict(dict))
+    for run in reported:
+        params = run.run.data.params
+        bounds = [(row["epoch"], row["valid/lower_bound"]) for row in run.history if "valid/lower_bound" in row]
+        tests = [m for record in run.records if record.split == "test" and (m := record.find("lower_bound"))]
+        increment, initial = float(params["rate_increment"]), float(params["initial_rate"])
+        rows.append(
+            (
+                False,
+                [
+                    run.name,
+                    params["num_steps"],
+                    _number(initial),
+                    _number(increment),
+                    _number(max((bound for _, bound in bounds), default=None)),
+                    _figure(tests[0]) if tests else NOT_MEASURED,
+                    _number(float(params["variance_floor"])),
+                ],
+            )
+        )
+        if bounds:
+            quantity, rate = ("ω", increment) if increment else ("α", initial)
+            curves[quantity][int(params["num_steps"])][rate] = bounds
+    pictures = [
+        Picture(
+            f"Figure 6: the bound by infusion rate ({'increasing' if quantity == 'ω' else 'constant'} schedules)",
+            "Lower bound of the validation split over the epochs, a panel for every number of steps.",
+            figure_png(rate_curves(by_steps, quantity)),
+            pixels=False,
+        )
+        for quantity, by_steps in curves.items()
+    ]
+    header = ("run", "T", "α⁽⁰⁾", "ω", "best validation bound", "test bound", "variance floor")
+    note = "Nats per image; bounds of different variance floors do not compare."
+    return Section("Runs side by side", tables=[Table("Bounds", note, header, rows)], pictures=pictures)
+
+
+@torch.no_grad()
+def _drawn(reported: ReportedRun, dataset: str, seed: int) -> list[Picture]:
+    """Returns pictures drawn from the model and its data, and those that were logged during training."""
+    pictures = []
+    if reported.model is not None:
+        model = model_package.load(reported.model)
+        manifest = Manifest.load(dataset)
+        config = model.config
+        split = "test" if manifest.rows("test") else "valid"
+        images = load_rows(dataset, manifest, split, 0, min(ROWS, manifest.rows(split)))
+        middle = (images + 0.5) / config.levels
+        samples = torch.cat(list(sample_batches(model, SAMPLES, seed))).clamp(0, 1)
+        noise = GeneratorNoise.from_seed(seed)
+        near = nearest_neighbours(samples[:ROWS], dataset, manifest, count=NEIGHBOURS)
+        known = read_mask("top", config.image_shape[0], config.image_shape[1])
+        completed = inpaint(model, middle, known, seed, num_completions=COMPLETIONS)
+        target = dequantise(images, config.levels, noise)
+        pictures = [
+            Picture(
+                "Figure 1: sampling chains",
+                "A chain a row, from the prior's noise on the left; the last column is the mean of the last step.",
+                png(sampling_chains_picture(model, noise, chains=ROWS)),
+            ),
+            Picture("Samples", "Means of the last step of as many chains.", png(samples_picture(samples))),
+            Picture(
+                "Figure 4: samples and their nearest training images",
+                "If a sample were its neighbour, the model would have learnt its data by heart.",
+                png(neighbours_picture(samples[:ROWS], (near.images + 0.5) / config.levels)),
+            ),
+            Picture(
+                "Figure 5: inpainting",
+                f"Images of the {split} split, what was known of them, and what the model made of the rest.",
+                png(inpainting_picture(middle, known, completed)),
+            ),
+            Picture(
+                "Figure 8: infusion chains with their targets",
+                f"Chains towards images of the {split} split: what is infused of the target grows on the way.",
+                png(infusion_chains_picture(model, target, noise)),
+            ),
+        ]
+    if logged := _logged(reported.tracked, "infusion_chains"):
+        pictures.append(
+            Picture(
+                "Figure 2: infusion chains over the epochs",
+                "The same targets and the same noise, as training goes on.",
+                png(stacked(logged)),
+            )
+        )
+    return pictures
+
+
+def _logged(run: TrackedRun, kind: str) -> dict[str, Image.Image]:
+    """Returns some of the pictures of a kind that were logged during training, by epoch."""
+    with tracking.mlflow_errors(f"list the pictures of run {run.run_id}"):
+        paths = sorted(file.path for file in MlflowClient().list_artifacts(run.run_id, f"pictures/{kind}"))
+    if len(paths) > LOGGED_PICTURES:
+        step = (len(paths) - 1) / (LOGGED_PICTURES - 1)
+        paths = [paths[round(i * step)] for i in range(LOGGED_PICTURES)]
+    pictures: dict[str, Image.Image] = {}
+    for path in paths:
+        content = run.read_file(path)
+        if content is not None:
+            epoch = int(path.rpartition("-")[2].removesuffix(".png"))
+            pictures[f"after epoch {epoch}"] = Image.open(io.BytesIO(content))
+    return pictures
+
+
+def _figure(measurement: Measurement) -> str:
+    """Returns a figure with its standard error, to as many digits as the error leaves."""
+    if measurement.standard_error is None:
+        return _number(measurement.value)
+    return f"{_number(measurement.value)} ± {_number(measurement.standard_error)}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    if value == 0 or 1e-2 <= abs(value) < 1e6:
+        return f"{value:,.2f}"
+    return f"{value:.1e}"
+
+
+def _without_long_lists(text: str) -> str:
+    """Returns JSON with its long lists, the sums over every pixel, cut short."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [*map(cut, value[:8]), f"… {len(value) - 8} more"] if len(value) > 8 else list(map(cut, value))
+        return value
+
+    return json.dumps(cut(json.loads(text)), indent=2, ensure_ascii=False)
