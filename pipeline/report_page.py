@@ -18,9 +18,9 @@ p.note, figcaption { font-size: .875rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid #e6e6e2; vertical-align: top; }
 th { font-weight: 600; }
-td.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; white-space: nowrap; }
 tr.ours td { background: #eef4fb; }
-td.missing { color: #8a8a8e; }
+td.missing { text-align: right; color: #8a8a8e; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem 2rem; }
 figure { margin: 0; min-width: 0; }
 figure .scroll { background: #fff; border: 1px solid #e6e6e2; }
@@ -131,7 +131,9 @@ def _value(value: str) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.header)
+    head = "".join(
+        f"<th{' class=number' if column else ''}>{escape(name)}</th>" for column, name in enumerate(table.header)
+    )
     rows = "".join(
         f"<tr{' class=ours' if ours else ''}>" + "".join(_cell(i, cell) for i, cell in enumerate(cells)) + "</tr>"
         for ours, cells in table.rows
