@@ -3,12 +3,13 @@
 import dataclasses
 import time
 from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import torch
 
 from benchmarks.bare import middle, run_bare
-from benchmarks.setup import REPEATS, THREADS, Add, short, stage_small
+from benchmarks.setup import REPEATS, STEPS_PER_EPOCH, THREADS, Add, short, stage_epoch
 from infusion_core.model import ModelConfig
 from infusion_core.sampling import sample_batches
 from pipeline.manifest import Manifest
@@ -25,9 +26,9 @@ def training_flops_per_image(model: ModelConfig) -> float:
     return model.num_steps * 2 * (3 * sum(weights) - weights[0])
 
 
-def measure_computation(source: str, dataset: str, add: Add) -> float:
+def measure_computation(folder: Path, add: Add) -> float:
     """Measures what needs no services; returns the images per second of a bare training."""
-    stage_small(source, dataset)
+    dataset = stage_epoch(folder, str(folder / "small"), STEPS_PER_EPOCH)
     bare = run_bare(short(5), dataset, threads=THREADS, matmul_rounds=1)
     rate, ceiling = middle(bare["images_per_second"]), median(bare["matmul_rates"])
     achieved = rate * training_flops_per_image(short(1).model)

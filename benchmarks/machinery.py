@@ -9,7 +9,7 @@ import ray
 from mlflow import MlflowClient
 
 from benchmarks.bare import middle, run_bare
-from benchmarks.setup import REPEATS, THREADS, Add, random_images, short, stage_small
+from benchmarks.setup import THREADS, Add, random_images, short, stage_epoch
 from pipeline import cluster
 from pipeline.local_servers import BUCKET
 from pipeline.manifest import Manifest
@@ -18,8 +18,13 @@ from pipeline.shards import load_rows
 from pipeline.sources import open_source
 from pipeline.staging import stage
 
+# What an epoch costs once (a checkpoint, a report) is measured in epochs a quarter as long as those of the paper.
+RAY_STEPS_PER_EPOCH = 24
+RAY_EPOCHS = 3
+RAY_REPEATS = 2
 
-def measure_machinery(source: str, folder: Path, train_rate: float, add: Add) -> None:
+
+def measure_machinery(folder: Path, train_rate: float, add: Add) -> None:
     """Takes the measurements, one after the other; S3, MLflow and Ray are up."""
     large = random_images(folder / "large.npz", 60_000, 10_000)
     start = time.perf_counter()
@@ -32,12 +37,12 @@ def measure_machinery(source: str, folder: Path, train_rate: float, add: Add) ->
     read_rate = manifest.rows("train") / (time.perf_counter() - start)
     add("shard_read_over_training", read_rate / train_rate, "ratio", "≥ 10", f"{read_rate:,.0f} images/s read from S3")
 
-    dataset = stage_small(source, f"s3://{BUCKET}/bench/small")
+    dataset = stage_epoch(folder, f"s3://{BUCKET}/bench/epoch", RAY_STEPS_PER_EPOCH)
     seconds_bare, seconds_ray = [], []
     cluster.connect()
     try:
-        for repeat in range(REPEATS):
-            seconds_bare.append(middle(run_bare(short(4), dataset, threads=THREADS)["epoch_seconds"]))
+        for repeat in range(RAY_REPEATS):
+            seconds_bare.append(middle(run_bare(short(RAY_EPOCHS), dataset, threads=THREADS)["epoch_seconds"]))
             seconds_ray.append(ray_epoch_seconds(f"bench-{repeat}", dataset))
     finally:
         # A process that is still joined to a cluster ends with it.
@@ -54,9 +59,15 @@ def measure_machinery(source: str, folder: Path, train_rate: float, add: Add) ->
 
 def ray_epoch_seconds(name: str, dataset: str) -> float:
     """Trains on Ray as a job does; returns the seconds of an epoch, all told."""
-    train(short(4), dataset, f"s3://{BUCKET}/bench/runs", name, Resources(num_workers=1, threads_per_worker=THREADS))
+    train(
+        short(RAY_EPOCHS),
+        dataset,
+        f"s3://{BUCKET}/bench/runs",
+        name,
+        Resources(num_workers=1, threads_per_worker=THREADS),
+    )
     client = MlflowClient()
-    experiment = client.get_experiment_by_name("infusion-small")
+    experiment = client.get_experiment_by_name("infusion-epoch")
     assert experiment is not None, "train has just logged to it"
     (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{name}'")
     times = [point.timestamp / 1000 for point in client.get_metric_history(run.info.run_id, "train/objective")]

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.computation import measure_computation
-from benchmarks.setup import BATCH, STEPS_PER_EPOCH, VALID_IMAGES, Row, random_images
+from benchmarks.setup import Row
 from pipeline.local_services import LocalServices
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -32,9 +32,8 @@ def main() -> int:
     print(f"{'name':<34} {'value':>12} {'unit':<10} {'goal':<8} note")
     with tempfile.TemporaryDirectory(prefix="infusion-bench-") as name:
         folder = Path(name)
-        source = random_images(folder / "small.npz", STEPS_PER_EPOCH * BATCH + VALID_IMAGES, VALID_IMAGES)
         # What runs bare is measured before the services start, which take a tenth of two cores even when idle.
-        train_rate = measure_computation(source, str(folder / "small"), add)
+        train_rate = measure_computation(folder, add)
         services = LocalServices(folder, ports="free")
         try:
             services.up()
@@ -42,7 +41,7 @@ def main() -> int:
             # Ray reads its variables once, when it is imported.
             from benchmarks.machinery import measure_machinery
 
-            measure_machinery(source, folder, train_rate, add)
+            measure_machinery(folder, train_rate, add)
         finally:
             services.down(delete_data=True)
     RESULTS.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

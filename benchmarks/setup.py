@@ -45,7 +45,7 @@ def short(epochs: int, num_steps: int = 15) -> TrainConfig:
     )
 
 
-def random_images(file: Path, train: int, test: int) -> str:
+def random_images(file: Path, train: int, test: int = VALID_IMAGES) -> str:
     """Writes random images of MNIST's shape; returns the name of the source that reads them."""
     rng = np.random.default_rng(0)
     np.savez(
@@ -56,7 +56,8 @@ def random_images(file: Path, train: int, test: int) -> str:
     return f"npz:{file}"
 
 
-def stage_small(source: str, dataset: str) -> str:
-    """Stages the images that trainings are measured on; returns the data set's address."""
-    fraction = VALID_IMAGES / (STEPS_PER_EPOCH * BATCH + VALID_IMAGES)
-    return stage(open_source(source, SourceOptions(valid_fraction=fraction)), dataset).dataset
+def stage_epoch(folder: Path, dataset: str, steps: int) -> str:
+    """Stages images for epochs of so many steps, and a few to validate on; returns the data set's address."""
+    train = steps * BATCH + VALID_IMAGES
+    source = random_images(folder / f"{steps}-steps.npz", train)
+    return stage(open_source(source, SourceOptions(valid_fraction=VALID_IMAGES / train)), dataset).dataset
