@@ -10,7 +10,8 @@ With z̃ = (z⁽⁰⁾, …, z⁽ᵀ⁻¹⁾) drawn from the infusion chain towa
 
 The expectation can be taken in part exactly. Given z⁽ᵗ⁻¹⁾ and the Gaussian draw, z⁽ᵗ⁾ has only two values a dimension
 (or a pixel), according to which component of the mixture was picked, with the probabilities 1 - α⁽ᵗ⁾ and α⁽ᵗ⁾:
-averaging the addend over both (`component_averaged_bound`) has the same mean as picking one, and less variance.
+averaging the addend over both (`component_averaged_bound`) has the same mean as picking one, and each addend has less
+variance; their total has, too, unless they were about to cancel, as when q is nearly the posterior of the chain.
 """
 
 import math
@@ -79,7 +80,7 @@ def component_averaged_bound(
     *,
     output_variance: float | None = None,
 ) -> LogWeight:
-    """Estimates the lower bound as `log_weight` does, from the same chains, with less variance.
+    """Estimates the lower bound as `log_weight` does, from the same chains, with less variance of each addend.
 
     Returns:
         Addends whose expectations are those of `log_weight`. They are means of log weights, not log weights: the

@@ -16,6 +16,21 @@ from infusion_core.normalization import StepBatchNorm
 from infusion_core.operator import TransitionOperator, gaussian_from_heads
 
 
+def check_doubling(event_shape: Sequence[int], hidden_sizes: Sequence[int]) -> None:
+    """Checks that height and width can be reached by doubling once for each hidden size.
+
+    Raises:
+        InfusionError: they cannot.
+    """
+    _, height, width = event_shape
+    factor = 2 ** len(hidden_sizes)
+    if height % factor or width % factor:
+        raise InfusionError(
+            f"{len(hidden_sizes)} transposed convolutions double height and width each time: images of "
+            f"{height} × {width} are no multiple of {factor}; give fewer hidden sizes, or take the mlp network"
+        )
+
+
 class ConvolutionalOperator(TransitionOperator):
     """A generator network whose weights are shared by all steps and whose normalisation is not.
 
@@ -45,13 +60,9 @@ class ConvolutionalOperator(TransitionOperator):
         synchronise: bool = True,
     ) -> None:
         super().__init__()
+        check_doubling(event_shape, hidden_sizes)
         channels, height, width = event_shape
         factor = 2 ** len(hidden_sizes)
-        if height % factor or width % factor:
-            raise InfusionError(
-                f"{len(hidden_sizes)} transposed convolutions double height and width each time: images of "
-                f"{height} × {width} are no multiple of {factor}; give fewer hidden sizes, or take the mlp network"
-            )
         self.event_shape = tuple(event_shape)
         self.num_steps = num_steps
         self.variance_scale = variance_scale

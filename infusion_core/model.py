@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from infusion_core.convolutional import ConvolutionalOperator
+from infusion_core.convolutional import ConvolutionalOperator, check_doubling
 from infusion_core.errors import InfusionError
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.operator import MLPOperator, TransitionOperator
@@ -24,6 +24,9 @@ from infusion_core.schedule import InfusionMask, InfusionSchedule
 
 Network = Literal["mlp", "convolutional"]
 """The operator's network: `MLPOperator` or `ConvolutionalOperator`."""
+
+# Models that were saved before there was a choice have these.
+_ABSENT_FROM_EARLY_MODELS = {"infusion_mask": "value", "network": "mlp"}
 
 CONFIG_FILE = "model.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -70,6 +73,8 @@ class ModelConfig:
             raise InfusionError(f"image_shape is height, width and channels, all positive, not {self.image_shape}")
         if not 2 <= self.levels <= 256:
             raise InfusionError(f"levels is the number of grey levels, from 2 to 256, not {self.levels}")
+        if self.network == "convolutional":
+            check_doubling(self.state_shape, self.hidden_sizes)
         if min(self.hidden_sizes, default=0) < 1:
             raise InfusionError(f"hidden_sizes needs at least one width, all positive, not {self.hidden_sizes}")
         for name in ("variance_scale", "variance_floor"):
@@ -117,6 +122,7 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - known):
             raise InfusionError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        fields = {**_ABSENT_FROM_EARLY_MODELS, **fields}
         if missing := sorted(known - set(fields)):
             raise InfusionError(f"field {missing[0]!r} is missing")
         values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}

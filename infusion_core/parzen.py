@@ -65,7 +65,7 @@ def parzen_estimates(
         raise InfusionError("a Parzen-window estimate needs at least one example to judge the samples by")
     dimensions = examples[0].numel()
     # Distances do not change where both are moved; near the origin their squares lose least to rounding.
-    centre = examples.double().mean(0)
+    centre = examples.mean(0, dtype=torch.float64)
     log_sums = centre.new_full((len(bandwidths), len(examples)), -math.inf)
     count = 0
     for batch in samples:

@@ -27,19 +27,19 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
-def rate_curves(curves: Mapping[int, Mapping[float, Sequence[tuple[float, float]]]], quantity: str) -> Figure:
+def rate_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], quantity: str) -> Figure:
     """Plots the validation bound over the epochs for each infusion rate, a panel for every number of steps (Figure 6).
 
     Args:
-        curves: by number of steps T and infusion rate, points of epoch and bound.
+        curves: by title of the panel and by infusion rate, points of epoch and bound.
         quantity: what the rate is: the rate increment ω of increasing schedules, or the rate α of constant ones.
     """
     figure = Figure(figsize=(4.5 * len(curves), 3.8), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    for panel, (num_steps, by_rate) in zip(panels, sorted(curves.items()), strict=True):
+    for panel, (title, by_rate) in zip(panels, sorted(curves.items()), strict=True):
         for rate, points in sorted(by_rate.items()):
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{rate:g}")
-        panel.set(title=f"T = {num_steps}", xlabel="epoch", ylabel="lower bound (validation), nats per image")
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=rate)
+        panel.set(title=title, xlabel="epoch", ylabel="lower bound (validation), nats per image")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
         panel.legend(title=quantity, fontsize="small")

@@ -5,8 +5,9 @@ kept as a record (`pipeline.measurements`) with the run that trained the model.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
@@ -16,9 +17,9 @@ from infusion_core.noise import GeneratorNoise, derive_seed
 from pipeline import model_package, registry, storage, tracking
 from pipeline.errors import UserError
 from pipeline.image_judging import Judging
-from pipeline.judges import JUDGES, JudgeConfig, Subject, gaussian, lower_bound
+from pipeline.judges import JUDGES, JudgeConfig, Subject, check_asked, gaussian, lower_bound
 from pipeline.manifest import Manifest
-from pipeline.measurements import EvaluationRecord, record_path
+from pipeline.measurements import EvaluationRecord, Measurement, record_path
 from pipeline.progress import Progress
 from pipeline.tracking import TrackedRun
 from pipeline.training import check_images, estimate_statistics
@@ -56,7 +57,7 @@ class EvaluationResult:
         baseline_standard_error: of that mean.
         baseline_at_model_floor: the same Gaussian's log-likelihood with the model's variance floor.
         baseline_bits_per_dimension: the baseline in bits.
-        measurements: all that was measured, by judge.
+        measurements: what was measured this time, by judge.
         record: where the measurements are kept: an artifact of the run.
         mlflow_run: where the figures were logged: the run that trained the model.
     """
@@ -86,7 +87,7 @@ class EvaluationWorkers:
     Attributes:
         num_workers: Ray workers that share out the images; with one, the job's own process does the work.
         threads_per_worker: CPU threads of each of several workers.
-        use_gpu: compute on GPUs: each worker on one, or the job on its own.
+        use_gpu: compute on GPUs: each of several workers on one, or the job on its own.
         partial_results: folder on S3 or local in which finished parts are kept, so that a long evaluation that was
             interrupted goes on when it is started again.
 
@@ -125,13 +126,14 @@ def evaluate(
         UserError: model or data set cannot be had, do not fit each other, or cannot be judged so.
     """
     config, workers = config or JudgeConfig(), workers or EvaluationWorkers()
-    if unknown := [judge for judge in judges if judge not in JUDGES]:
-        raise UserError(f"there is no judge {unknown[0]!r}; choose of {', '.join(JUDGES)}")
+    check_asked(judges, config)
+    dataset = storage.absolute(dataset)  # workers have another working directory
     storage.check_reachable(dataset)
     tracking.check_reachable()
     manifest = Manifest.load(dataset)
     registered = registry.find(model_uri)
-    device = torch.device("cuda" if workers.use_gpu else "cpu")
+    # Several workers have devices of their own, and need this process's for nothing.
+    device = torch.device("cuda" if workers.use_gpu and workers.num_workers == 1 else "cpu")
     model = model_package.load(registered).to(device)
     check_images(model.config, dataset, manifest)
     with Progress("estimate statistics", manifest.rows("train"), "images") as progress:
@@ -143,32 +145,46 @@ def evaluate(
         estimate_statistics(model, batches, noise)
     judging = Judging(
         model.eval(),
-        f"{registered.uri} of run {registered.run_id}, seed {config.seed}",
+        f"{registered.uri} of run {registered.run_id}, seed {config.seed}, code {tracking.git_commit()}",
         dataset,
         manifest,
         workers.num_workers,
         workers.threads_per_worker,
+        workers.use_gpu,
         workers.partial_results,
     )
     subject = Subject(judging, config, derive_seed((config.seed, _Stream.SPLIT)))
     run = TrackedRun.of(registered.run_id)
     path = record_path(manifest.name, config.split)
-    record = EvaluationRecord(
+    new = EvaluationRecord(
         model=registered.uri,
         dataset=dataset,
+        dataset_fingerprint=manifest.origin.fingerprint,
         split=config.split,
-        seed=config.seed,
-        commit=tracking.git_commit(),
         measurements=(),
     )
-    if (earlier := run.read_file(path)) is not None:
-        record = record.with_measurements(EvaluationRecord.from_json(earlier, f"{path} of run {run.uri}").measurements)
     for judge in (lower_bound, gaussian, *(JUDGES[name] for name in judges)):
-        # Logged one by one: what was measured is kept, should a later judge fail or be interrupted.
-        record = record.with_measurements(judge(subject))
-        run.log_file(path, record.to_json().encode())
-    _log(record, registered, run, manifest)
-    return _result(record, run, path)
+        measured = [replace(m, seed=config.seed, commit=tracking.git_commit()) for m in judge(subject)]
+        new = new.with_measurements(measured)
+        # Kept one by one, should a later judge fail or be interrupted, and beside what others have kept meanwhile.
+        whole = replace(new, measurements=_kept(run, path, new)).with_measurements(new.measurements)
+        run.log_file(path, whole.to_json().encode())
+    _log(new, registered, run, manifest)
+    return _result(new, run, path)
+
+
+def _kept(run: TrackedRun, path: str, record: EvaluationRecord) -> tuple[Measurement, ...]:
+    """Returns the measurements of earlier evaluations on the same data."""
+    content = run.read_file(path)
+    if content is None:
+        return ()
+    try:
+        earlier = EvaluationRecord.from_json(content, f"{path} of run {run.uri}")
+    except UserError as error:
+        sys.stderr.write(f"{error}: it is replaced\n")
+        return ()
+    same = (earlier.model, earlier.dataset_fingerprint) == (record.model, record.dataset_fingerprint)
+    return earlier.measurements if same else ()
 
 
 def _log(record: EvaluationRecord, registered: registry.RegisteredModel, run: TrackedRun, manifest: Manifest) -> None:
@@ -177,7 +193,9 @@ def _log(record: EvaluationRecord, registered: registry.RegisteredModel, run: Tr
     # The run's own curves, and what decides on promotion, are of its own data and are left as they are.
     label = "test" if same_data and record.split == "test" else f"evaluation/{manifest.name}/{record.split}"
     figures = {f"{label}/{measurement.judge}": measurement.value for measurement in record.measurements}
+    figures[f"{label}/baseline_log_likelihood"] = figures.pop(f"{label}/gaussian")
     bound = record.measurement("lower_bound")
+    figures |= {f"{label}/lower_bound_{name}": value for name, value in bound.details["addends"].items()}
     figures[f"{label}/lower_bound_standard_error"] = bound.standard_error or math.nan
     figures[f"{label}/bits_per_dimension"] = bound.details["bits_per_dimension"]
     run.log_metrics([(int(registered.tags.get("best_epoch", "0")), figures)])

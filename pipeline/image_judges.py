@@ -13,17 +13,20 @@ from infusion_core.importance import LogWeightSums, importance_sampling
 from infusion_core.model import InfusionModel
 from infusion_core.noise import GeneratorNoise, Noise
 from infusion_core.pixels import dequantise
-from pipeline.bound_evaluation import CHUNK_IMAGES
 from pipeline.image_judging import Figures
 
-# Chains of a unit, over all of its images: what is lost at most when work is interrupted.
-CHAINS_PER_UNIT = 100_000
+# The same for all judges, and whatever their settings, so that all of them see the same dequantised images.
+IMAGES_PER_UNIT = 100
 # Values of the states that are computed at a time; some twenty tensors of that size are alive then.
 VALUES_AT_ONCE = 4_000_000
 
 
 def _rows_at_once(model: InfusionModel) -> int:
-    widest = max(model.config.dimensions, *model.config.hidden_sizes)
+    config = model.config
+    widest = max(config.dimensions, *config.hidden_sizes)
+    if config.network == "convolutional":
+        # The last hidden grid has half the images' height and width.
+        widest = max(widest, config.hidden_sizes[-1] * config.image_shape[0] * config.image_shape[1] // 4)
     return max(VALUES_AT_ONCE // widest, 1)
 
 
@@ -46,7 +49,7 @@ class BoundJudge:
 
     seed: int
     output_variance: float | None = None
-    images_per_unit: int = CHUNK_IMAGES
+    images_per_unit: int = IMAGES_PER_UNIT
 
     def judge(self, model: InfusionModel, images: Tensor, unit: int) -> Figures:
         """See `ImageJudge.judge`."""
@@ -66,7 +69,7 @@ class ReconstructionErrorJudge:
     """The squared error of the last transition's mean, ‖x - μ⁽ᵀ⁾‖², by one chain an image (`squared_error`)."""
 
     seed: int
-    images_per_unit: int = CHUNK_IMAGES
+    images_per_unit: int = IMAGES_PER_UNIT
 
     def judge(self, model: InfusionModel, images: Tensor, unit: int) -> Figures:
         """See `ImageJudge.judge`."""
@@ -90,11 +93,7 @@ class ImportanceJudge:
     seed: int
     num_chains: tuple[int, ...]
     output_variance: float | None = None
-
-    @property
-    def images_per_unit(self) -> int:
-        """As many as `CHAINS_PER_UNIT` allow."""
-        return max(min(CHAINS_PER_UNIT // self.num_chains[-1], CHUNK_IMAGES), 1)
+    images_per_unit: int = IMAGES_PER_UNIT
 
     def judge(self, model: InfusionModel, images: Tensor, unit: int) -> Figures:
         """See `ImageJudge.judge`."""
@@ -118,7 +117,6 @@ class AnnealingJudge:
         seed: of all noise.
         num_temperatures: of each chain; its cost is that of as many infusion chains.
         num_chains: annealed chains an image.
-        output_variance: see `log_weight`.
 
     Figures are, in one column, `estimate` and `effective_sample_size`.
     """
@@ -126,12 +124,7 @@ class AnnealingJudge:
     seed: int
     num_temperatures: int
     num_chains: int = 1
-    output_variance: float | None = None
-
-    @property
-    def images_per_unit(self) -> int:
-        """As many as `CHAINS_PER_UNIT` allow."""
-        return max(min(CHAINS_PER_UNIT // (self.num_temperatures * self.num_chains), CHUNK_IMAGES), 1)
+    images_per_unit: int = IMAGES_PER_UNIT
 
     def judge(self, model: InfusionModel, images: Tensor, unit: int) -> Figures:
         """See `ImageJudge.judge`."""
@@ -142,7 +135,6 @@ class AnnealingJudge:
             model.operator,
             model.schedule,
             temperatures=inverse_temperatures(self.num_temperatures),
-            output_variance=self.output_variance,
         )
         # A chain keeps the noise of all of its steps twice.
         rows = max(_rows_at_once(model) // (2 * model.config.num_steps), 1)

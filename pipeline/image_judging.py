@@ -2,7 +2,8 @@
 
 A split is cut into units of a fixed number of images, and a unit's noise is determined by the seed and the unit's
 number. Figures are kept by image, in the split's order, and added up only then: the result does not depend on how many
-workers shared the units out. Finished units can be kept, so that long work goes on where it was interrupted.
+workers shared the units out, bit for bit if all compute with the same number of threads. Finished units can be kept, so
+that long work goes on where it was interrupted.
 """
 
 import hashlib
@@ -14,12 +15,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from infusion_core.errors import InfusionError
 from infusion_core.model import InfusionModel
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.progress import Progress
 from pipeline.shards import load_rows
@@ -46,21 +50,23 @@ class Judging:
     """Who judges which images.
 
     Attributes:
-        model: in evaluation mode, on the device to work on (or whose kind of device workers are to work on).
-        model_name: what identifies the model, for partial results.
+        model: in evaluation mode; where there is one worker, on the device to work on.
+        identity: what identifies the model and the code that judges it, for partial results.
         dataset: address of the staged data set.
         manifest: its manifest.
         num_workers: Ray workers; with one, the work is done in this process.
         threads_per_worker: CPU threads of each of several workers.
+        use_gpu: whether each of several workers computes on a GPU.
         partial_results: folder in which finished units are kept; `None` keeps none.
     """
 
     model: InfusionModel
-    model_name: str
+    identity: str
     dataset: str
     manifest: Manifest
     num_workers: int = 1
     threads_per_worker: int = 1
+    use_gpu: bool = False
     partial_results: str | None = None
 
     def run(self, title: str, judge: ImageJudge, split: str, images: int | None = None) -> Figures:
@@ -80,18 +86,14 @@ class Judging:
         folder = self._folder(judge, split)
         results: dict[int, Figures] = {}
         if folder is not None:
-            for unit in units:
-                file = _unit_file(folder, unit, rows)
-                if storage.exists(file):
-                    results[unit] = load_tensors(storage.read_bytes(file))
+            results = {unit: kept for unit in units if (kept := _kept(_unit_file(folder, unit, rows))) is not None}
         todo = [unit for unit in units if unit not in results]
 
         def bounds(unit: int) -> tuple[int, int]:
             return unit * judge.images_per_unit, min((unit + 1) * judge.images_per_unit, rows)
 
-        with Progress(title, rows, "images") as progress, ExitStack() as stack:
-            for unit in results:
-                progress.advance(bounds(unit)[1] - bounds(unit)[0])
+        done = sum(bounds(unit)[1] - bounds(unit)[0] for unit in results)
+        with Progress(title, rows, "images", done=done) as progress, ExitStack() as stack:
             work = self._in_process if self.num_workers == 1 else self._on_ray
             for unit, figures in work(stack, judge, split, [(unit, *bounds(unit)) for unit in todo]):
                 results[unit] = figures
@@ -104,7 +106,8 @@ class Judging:
         if self.partial_results is None:
             return None
         settings = {**asdict(judge), "images_per_unit": judge.images_per_unit}  # type: ignore[call-overload]
-        identity = [self.model_name, self.manifest.origin.fingerprint, split, type(judge).__name__, settings]
+        device = "cuda" if self.use_gpu else self.model.prior_mean.device.type
+        identity = [self.identity, device, self.manifest.origin.fingerprint, split, type(judge).__name__, settings]
         digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=12).hexdigest()
         return storage.join(self.partial_results, digest)
 
@@ -122,18 +125,19 @@ class Judging:
         if not units:
             return
         import ray
+        from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
 
         from pipeline import cluster
 
+        assert self.model.prior_mean.device.type == "cpu", "each worker moves its copy to its own device"
         cluster.connect()
-        uses_gpu = self.model.prior_mean.device.type == "cuda"
-        per_worker = {"CPU": float(self.threads_per_worker), "GPU": float(uses_gpu)}
+        per_worker = {"CPU": float(self.threads_per_worker), "GPU": float(self.use_gpu)}
         cluster.check_capacity(self.num_workers, per_worker)
         remote = ray.remote(num_cpus=per_worker["CPU"], num_gpus=per_worker["GPU"])(_RayWorker)
-        model = ray.put(self.model.to("cpu"))
+        model = ray.put(self.model)
         actors: list[Any] = [
-            remote.remote(model, self.dataset, self.manifest, self.threads_per_worker, uses_gpu)
+            remote.remote(model, self.dataset, self.manifest, self.threads_per_worker, self.use_gpu)
             for _ in range(min(self.num_workers, len(units)))
         ]
         for actor in actors:
@@ -142,7 +146,23 @@ class Judging:
         def judge_unit(actor: Any, unit: tuple[int, int, int]) -> Any:
             return actor.judge.remote(judge, split, *unit)
 
-        yield from ActorPool(actors).map_unordered(judge_unit, units)
+        try:
+            yield from ActorPool(actors).map_unordered(judge_unit, units)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError | InfusionError):
+                raise type(error.cause)(*error.cause.args) from error
+            raise
+        except RayActorError as error:
+            kept = "; what is finished is kept, start it again to go on" if self.partial_results else ""
+            raise UserError(f"a worker died while judging the {split} split{kept}: {error.error_msg:.200}") from error
+
+
+def _kept(file: str) -> Figures | None:
+    """Returns what a finished unit's file holds, or `None` if it is missing or damaged."""
+    try:
+        return load_tensors(storage.read_bytes(file))
+    except (FileNotFoundError, SafetensorError):
+        return None
 
 
 def _unit_file(folder: str, unit: int, rows: int) -> str:

@@ -137,7 +137,7 @@ def read_mask(known: str, height: int, width: int) -> Tensor:
         pixels = np.asarray(Image.open(io.BytesIO(storage.read_bytes(known))).convert("L"))
     except FileNotFoundError as error:
         raise UserError(f"{known}: there is no such file; give a mask that exists") from error
-    except UnidentifiedImageError as error:
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{known}: not a picture") from error
     if pixels.shape != (height, width):
         raise UserError(

@@ -4,7 +4,7 @@ The first two are always asked; the others by name (`JUDGES`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from types import MappingProxyType
@@ -38,7 +38,8 @@ class JudgeConfig:
 
     Attributes:
         split: train, valid or test.
-        images: how many of the split's first images are judged; all by default.
+        images: how many of the split's first images the judges that are asked by name look at, some of which take long;
+            all by default. The lower bound and the Gaussian are always of the whole split.
         seed: of all noise.
         num_chains: numbers of chains k of the importance-sampling estimates, increasing.
         num_temperatures: inverse temperatures of annealed importance sampling; its cost is that of as many chains.
@@ -97,9 +98,28 @@ class Subject:
         return self.judging.model
 
 
+def check_asked(judges: Sequence[str], config: JudgeConfig) -> None:
+    """Checks what can be checked of the judges that were asked before any of them starts to work.
+
+    Raises:
+        UserError: there is no such judge, or it lacks a setting.
+    """
+    if unknown := [judge for judge in judges if judge not in JUDGES]:
+        raise UserError(f"there is no judge {unknown[0]!r}; choose of {', '.join(JUDGES)}")
+    if "sample_scores" not in judges:
+        return
+    if config.features is None:
+        raise UserError(
+            "sample_scores needs to know by which features: give --features models:/infusion-classifier-NAME@champion "
+            "(`python -m jobs.train_classifier` makes one), inception, or inception:PATH"
+        )
+    if config.split != "test":
+        raise UserError(f"sample_scores compares samples with the test split: it cannot be asked of {config.split}")
+
+
 def lower_bound(subject: Subject) -> list[Measurement]:
     """Measures the lower bound (Eq. 3), and the same with the choice between components averaged out."""
-    figures = _judge(subject, BoundJudge(subject.noise_seed))
+    figures = _judge(_whole(subject), BoundJudge(subject.noise_seed))
     return [
         _bound_measurement(subject, figures, "", "lower_bound", "lower bound"),
         _bound_measurement(
@@ -120,25 +140,15 @@ def _bound_sums(figures: Figures, prefix: str = "") -> BoundSums:
 def gaussian(subject: Subject) -> list[Measurement]:
     """Measures the diagonal Gaussian of the training split, at the floor that suits it best and at the model's."""
     dataset, manifest, split = subject.judging.dataset, subject.judging.manifest, subject.config.split
-    rows = min(subject.config.images or manifest.rows(split), manifest.rows(split))
 
-    def score(split: str, rows: int, floor: float) -> BoundSums:
-        chunks = load_chunks(dataset, manifest, split, chunk_share(rows, 0, 1))
-        return sum_log_prob(
-            training_gaussian(manifest, floor), _first(chunks, rows), manifest.levels, subject.noise_seed
-        )
+    def score(split: str, floor: float) -> BoundSums:
+        chunks = load_chunks(dataset, manifest, split, chunk_share(manifest.rows(split), 0, 1))
+        return sum_log_prob(training_gaussian(manifest, floor), chunks, manifest.levels, subject.noise_seed)
 
-    valid = manifest.rows("valid")
-    best = max(BASELINE_FLOORS, key=lambda floor: score("valid", valid, floor).mean)
-    own, at_model_floor = (score(split, rows, floor) for floor in (best, subject.model.config.variance_floor))
+    best = max(BASELINE_FLOORS, key=lambda floor: score("valid", floor).mean)
+    own, at_model_floor = (score(split, floor) for floor in (best, subject.model.config.variance_floor))
     details = {"variance_floor": best, "at_model_floor": at_model_floor.mean}
     return [_nats(subject, "gaussian", "diagonal Gaussian", own.mean, own.standard_error, own.count, details)]
-
-
-def _first(chunks: Iterator[tuple[int, Tensor]], rows: int) -> Iterator[tuple[int, Tensor]]:
-    for number, images in chunks:
-        yield number, images[:rows]
-        rows -= len(images)
 
 
 def importance_sampling(subject: Subject) -> list[Measurement]:
@@ -176,7 +186,7 @@ def isotropic(subject: Subject) -> list[Measurement]:
     last transition's means.
     """
     variance = isotropic_variance(subject)
-    figures = _judge(subject, BoundJudge(subject.noise_seed, variance))
+    figures = _judge(_whole(subject), BoundJudge(subject.noise_seed, variance))
     bound = _bound_measurement(subject, figures, "", "isotropic_lower_bound", "lower bound, isotropic output")
     return [
         replace(bound, details={**bound.details, "output_variance": variance}),
@@ -219,7 +229,7 @@ def table_2(subject: Subject) -> list[Measurement]:
     return [
         Measurement(
             judge="table_2",
-            name="Table 2, isotropic output",
+            name=f"Table 2's protocol, isotropic output, k = {num_chains[0]:,}",
             value=mean(figure),
             standard_error=stdev(figure) / math.sqrt(subject.config.repetitions),
             unit=NATS,
@@ -270,23 +280,20 @@ def _dequantised(subject: Subject, split: str, images: int | None) -> Tensor:
 
 def sample_scores(subject: Subject) -> list[Measurement]:
     """Measures scores of samples by their features (Table 3), and those of real images beside them."""
-    from pipeline.feature_extractors import open_feature_extractor
+    from pipeline.feature_extractors import INCEPTION_NAMES, open_feature_extractor
     from pipeline.sample_scores import ScoreConfig, score_samples
 
     dataset, manifest = subject.judging.dataset, subject.judging.manifest
-    if subject.config.features is None:
-        raise UserError(
-            "sample_scores needs to know by which features: give --features models:/infusion-classifier-NAME@champion "
-            "(`python -m jobs.train_classifier` makes one), inception, or inception:PATH"
-        )
+    assert subject.config.features is not None, "check_asked comes first"
     device = subject.model.prior_mean.device
     extractor = open_feature_extractor(subject.config.features, dataset, manifest, device)
     subset = min(ScoreConfig.kernel_subset_images, manifest.rows("test"))
     scoring = ScoreConfig(kernel_subset_images=subset, seed=subject.config.seed)
     result = score_samples(_samples(subject), dataset, manifest, extractor, scoring)
+    kind = "inception" if result.names == INCEPTION_NAMES else "classifier"
     return [
         Measurement(
-            judge=judge,
+            judge=f"{kind}_{judge}",
             name=getattr(result.names, judge),
             value=getattr(result.samples, judge),
             standard_error=None,
@@ -314,6 +321,10 @@ def _judge(subject: Subject, judge: BoundJudge | ImportanceJudge | AnnealingJudg
     config = subject.config
     title = type(judge).__name__.removesuffix("Judge").lower()
     return subject.judging.run(f"{title}, {config.split}", judge, config.split, config.images)
+
+
+def _whole(subject: Subject) -> Subject:
+    return replace(subject, config=replace(subject.config, images=None))
 
 
 def _mean_and_error(values: Tensor) -> tuple[float, float | None, int]:

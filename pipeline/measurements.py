@@ -26,6 +26,8 @@ class Measurement:
         standard_error: of the value; `None` where it has none.
         unit: of the value.
         images: how many images, or samples, were judged.
+        seed: of all noise.
+        commit: of the code that measured.
         details: what the figure depends on or goes with, such as `variance_floor`, `num_chains`, `curve`.
     """
 
@@ -35,6 +37,8 @@ class Measurement:
     standard_error: float | None
     unit: str
     images: int
+    seed: int = 0
+    commit: str = "unknown"
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,17 +49,15 @@ class EvaluationRecord:
     Attributes:
         model: the registered version.
         dataset: address of the data set.
+        dataset_fingerprint: of its content.
         split: the split.
-        seed: of all noise.
-        commit: of the code that measured last.
         measurements: one a judge.
     """
 
     model: str
     dataset: str
+    dataset_fingerprint: str
     split: str
-    seed: int
-    commit: str
     measurements: tuple[Measurement, ...]
 
     def with_measurements(self, measurements: Iterable[Measurement]) -> Self:

@@ -72,7 +72,7 @@ TABLES = (
             "table_2",
         ),
         note="Published: 1,000 test images of MNIST after 1500 epochs, nats per image. A variance floor caps every "
-        "figure, and says what it is worth.",
+        "figure, and says what it is worth. Not all of the paper's rows are transcribed.",
     ),
     PaperTable(
         title="Table 3: scores of samples",
@@ -81,8 +81,12 @@ TABLES = (
             Published("real data, Inception score (Salimans et al. 2016)", "11.24 ± 0.12"),
             Published("GAN without labels, Inception score (Salimans et al. 2016)", "4.36 ± 0.04"),
         ),
-        judges=("score", "frechet_distance", "kernel_distance", "precision", "recall"),
+        judges=tuple(
+            f"{features}_{score}"
+            for features in ("classifier", "inception")
+            for score in ("score", "frechet_distance", "kernel_distance", "precision", "recall")
+        ),
         note="Published: CIFAR-10, with the Inception network of 2015. Scores by other features cannot be compared "
-        "with these, only with those of real data by the same features.",
+        "with these, only with those of real data by the same features. Not all of the paper's rows are transcribed.",
     ),
 )

@@ -4,6 +4,7 @@ from typing import Any
 
 from ray.train import ControllerError, UserCallback
 
+from infusion_core.errors import InfusionError
 from pipeline.errors import UserError
 
 
@@ -18,9 +19,9 @@ class StopAtUserError(UserCallback):
 
 
 def user_error(error: BaseException | None) -> UserError | None:
-    """Returns the `UserError` that an exception from a worker is, wraps or was raised from."""
+    """Returns the error in the user's words that an exception from a worker is, wraps or was raised from."""
     while error is not None:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError | InfusionError):
             return UserError(*error.args)
         inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
         for failure in getattr(error, "worker_failures", {}).values():

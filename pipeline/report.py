@@ -42,6 +42,7 @@ from pipeline.registry import RegisteredModel
 from pipeline.report_page import NOT_MEASURED, Listing, Picture, Section, Table, render
 from pipeline.shards import load_rows
 from pipeline.tracking import TrackedRun
+from pipeline.training import check_images
 
 REPORT_FILE = "report.html"
 ROWS = 8
@@ -193,10 +194,16 @@ def run_sections(reported: ReportedRun, dataset: str | None, seed: int) -> list[
         Listing("Resolved configuration", reported.config),
         Listing("Manifest of the data set", _without_long_lists(reported.manifest)),
     ]
-    tables = [measured(record) for record in reported.records]
-    data = str(json.loads(reported.manifest)["name"])
-    measurements = [measurement for record in reported.records for measurement in record.measurements]
-    tables += [beside_the_paper(table, data, measurements) for table in TABLES]
+    tables = [table for record in reported.records for table in (measured(record), *repetitions(record))]
+    manifest = Manifest.from_json(reported.manifest)
+    # Only the test split of the run's own data is what the paper's tables are of.
+    own = [
+        measurement
+        for record in reported.records
+        if record.split == "test" and record.dataset_fingerprint == manifest.origin.fingerprint
+        for measurement in record.measurements
+    ]
+    tables += [beside_the_paper(table, manifest.name, own) for table in TABLES]
     for record in reported.records:
         if estimate := record.find("importance_sampling"):
             pictures.append(
@@ -220,6 +227,7 @@ def measured(record: EvaluationRecord) -> Table:
                 _figure(measurement),
                 _number(measurement.details.get("bits_per_dimension")),
                 _number(measurement.details.get("variance_floor")),
+                _number(measurement.details.get("output_variance")),
                 f"{measurement.images:,}",
                 _number(measurement.details.get("real_data")),
             ],
@@ -228,13 +236,46 @@ def measured(record: EvaluationRecord) -> Table:
     ]
     return Table(
         f"Evaluation of the {record.split} split",
-        f"{record.model} on {record.dataset}, seed {record.seed}, commit {record.commit}. Log-likelihoods are in nats "
-        "per image of dequantised pixels, ± the standard error over the images; each stands beside the variance floor "
-        "that it was reached with, which caps it. An importance-sampling estimate is itself a lower bound in "
-        "expectation.",
-        ("figure", "value", "bits per dimension", "variance floor", "images", "real data"),
+        f"{record.model} on {record.dataset}; {_measured_by(record)}. Log-likelihoods are in nats per image of "
+        "dequantised pixels, ± the standard error over the images, or over the repetitions of Table 2's protocol. Each "
+        "stands beside the variance floor that it was reached with, which caps it, as the output variance does where "
+        "there is one for all pixels. An importance-sampling estimate is itself a lower bound in expectation.",
+        ("figure", "value", "bits per dimension", "variance floor", "output variance", "images", "real data"),
         rows,
     )
+
+
+def repetitions(record: EvaluationRecord) -> list[Table]:
+    """Returns the table of an evaluation by Table 2's protocol, if there was one."""
+    measurement = record.find("table_2")
+    if measurement is None:
+        return []
+    details = measurement.details
+    rows = [
+        (
+            False,
+            [
+                str(row["estimate"]).replace("_", " "),
+                str(row["split"]),
+                f"{row['images']:,}",
+                f"{_number(row['mean'])} ± {_number(row['deviation'])}",
+            ],
+        )
+        for row in details["rows"]
+    ]
+    note = (
+        f"Mean and standard deviation over {details['repetitions']} repetitions with new noise; importance sampling "
+        f"with k = {details['num_chains']:,}; variance floor {_number(details['variance_floor'])}, or output variance "
+        f"{_number(details['output_variance'])} where isotropic. Nats per image."
+    )
+    return [Table("Table 2's protocol", note, ("estimate", "split", "images", "mean"), rows)]
+
+
+def _measured_by(record: EvaluationRecord) -> str:
+    """Says by which seeds and commits the figures of a record came about."""
+    seeds = sorted({measurement.seed for measurement in record.measurements})
+    commits = sorted({measurement.commit for measurement in record.measurements})
+    return f"seed {', '.join(map(str, seeds))}, commit {', '.join(commits)}"
 
 
 def beside_the_paper(table: PaperTable, data: str, measurements: Sequence[Measurement]) -> Table:
@@ -262,7 +303,7 @@ def beside_the_paper(table: PaperTable, data: str, measurements: Sequence[Measur
 def comparison(reported: Sequence[ReportedRun]) -> Section:
     """Returns what is to be seen of several runs side by side: their bounds, and curves by infusion rate (Figure 6)."""
     rows = []
-    curves: dict[str, dict[int, dict[float, list[tuple[float, float]]]]] = defaultdict(lambda: defaultdict(dict))
+    curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = defaultdict(lambda: defaultdict(dict))
     for run in reported:
         params = run.run.data.params
         bounds = [(row["epoch"], row["valid/lower_bound"]) for row in run.history if "valid/lower_bound" in row]
@@ -284,11 +325,15 @@ def comparison(reported: Sequence[ReportedRun]) -> Section:
         )
         if bounds:
             quantity, rate = ("ω", increment) if increment else ("α", initial)
-            curves[quantity][int(params["num_steps"])][rate] = bounds
+            # Bounds of other data or another floor do not compare.
+            panel = f"{run.run.data.params['dataset'].rpartition('/')[2]}, T = {params['num_steps']}, "
+            panel += f"floor {float(params['variance_floor']):g}"
+            label = f"{rate:g}" if f"{rate:g}" not in curves[quantity][panel] else f"{rate:g}, {run.name}"
+            curves[quantity][panel][label] = bounds
     pictures = [
         Picture(
             f"Figure 6: the bound by infusion rate ({'increasing' if quantity == 'ω' else 'constant'} schedules)",
-            "Lower bound of the validation split over the epochs, a panel for every number of steps.",
+            "Lower bound of the validation split over the epochs, a panel for every number of steps and floor.",
             figure_png(rate_curves(by_steps, quantity)),
             pixels=False,
         )
@@ -307,6 +352,7 @@ def _drawn(reported: ReportedRun, dataset: str, seed: int) -> list[Picture]:
         model = model_package.load(reported.model)
         manifest = Manifest.load(dataset)
         config = model.config
+        check_images(config, dataset, manifest)
         split = "test" if manifest.rows("test") else "valid"
         images = load_rows(dataset, manifest, split, 0, min(ROWS, manifest.rows(split)))
         middle = (images + 0.5) / config.levels

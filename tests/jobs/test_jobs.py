@@ -164,7 +164,8 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
     job = start()
     await_that(lambda: storage.exists(run_file), job)
     run_id = json.loads(storage.read_bytes(run_file))["mlflow_run"]["run_id"]
-    await_that(lambda: client.get_metric_history(run_id, "valid/lower_bound"), job)
+    snapshot = storage.join(folder, "checkpoint_manager_snapshot.json")
+    await_that(lambda: storage.exists(snapshot) and json.loads(storage.read_bytes(snapshot))["checkpoint_results"], job)
     victims = workers()
     assert len(victims) == 2
     victims[0].send_signal(signal.SIGKILL)

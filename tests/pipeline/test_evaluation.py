@@ -114,12 +114,12 @@ class TestJudges:
         result = evaluate(registered.uri, digits[0], judges, config)
         figures = {judge: found["value"] for judge, found in result.measurements.items()}
         exact = float(self.exact(digits, 40).mean())
-        assert result.images == 40
-        assert figures["lower_bound"] < exact - 1
+        assert {judge: result.measurements[judge]["of"] for judge in judges} == dict.fromkeys(judges, 40)
+        assert result.images == 250
+        assert figures["lower_bound"] < float(self.exact(digits, 250).mean()) - 1
         assert exact - 0.6 < figures["importance_sampling"] < exact + 0.2
-        assert figures["lower_bound"] + 2 < figures["annealed_importance_sampling"] < exact + 0.2
-        record = read_record(registered, "test")
-        curve = record.measurement("importance_sampling").details["curve"]
+        assert curve_of(registered)[0][1] + 2 < figures["annealed_importance_sampling"] < exact + 0.2
+        record, curve = read_record(registered, "test"), curve_of(registered)
         assert [k for k, *_ in curve] == [1, 10, 400]
         estimates = [estimate for _, estimate, _ in curve]
         assert estimates == sorted(estimates)
@@ -197,11 +197,13 @@ class TestJudges:
         registered = register_constant(digits)
         evaluate(registered.uri, digits[0], ["parzen"], JudgeConfig(num_samples=3, bandwidth=0.3, images=5))
         before = read_record(registered, "test")
-        evaluate(registered.uri, digits[0], config=JudgeConfig(images=7))
+        evaluate(registered.uri, digits[0], config=JudgeConfig(seed=1))
         after = read_record(registered, "test")
         assert after.measurement("parzen") == before.measurement("parzen")
-        assert (before.measurement("lower_bound").images, after.measurement("lower_bound").images) == (5, 7)
-        assert after.measurement("gaussian").images == 7
+        assert (after.measurement("parzen").images, after.measurement("parzen").seed) == (5, 0)
+        for judge in ("lower_bound", "gaussian"):
+            assert (after.measurement(judge).images, after.measurement(judge).seed) == (250, 1)
+            assert after.measurement(judge).value != before.measurement(judge).value
 
     def test_what_cannot_be_judged_is_refused(self, digits: Digits) -> None:
         registered = register_constant(digits)
@@ -209,6 +211,11 @@ class TestJudges:
             evaluate(registered.uri, digits[0], ["fid"])
         with pytest.raises(UserError, match="give --features"):
             evaluate(registered.uri, digits[0], ["sample_scores"])
+
+
+def curve_of(registered: registry.RegisteredModel) -> list[list[float]]:
+    curve: list[list[float]] = read_record(registered, "test").measurement("importance_sampling").details["curve"]
+    return curve
 
 
 def read_record(registered: registry.RegisteredModel, split: str) -> EvaluationRecord:

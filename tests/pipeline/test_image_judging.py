@@ -27,8 +27,8 @@ def model(digits: Digits) -> InfusionModel:
 @pytest.mark.parametrize(
     "judge",
     [
-        BoundJudge(3, images_per_unit=40),
-        ImportanceJudge(3, (1, 2000)),
+        BoundJudge(3),
+        ImportanceJudge(3, (1, 20)),
         AnnealingJudge(3, 10),
     ],
 )

@@ -259,7 +259,7 @@ def test_a_killed_job_is_finished_by_the_next(
     destination = storage.join(base, "large")
     command = [sys.executable, "-m", "jobs.stage", f"npz:{large_npz}", destination]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
-        while not any(path.startswith("_staging/") for path in storage.file_sizes(destination)):
+        while not any(map(is_record, storage.file_sizes(destination))):
             assert job.poll() is None
             time.sleep(0.005)
         job.send_signal(signal.SIGKILL)
@@ -270,7 +270,7 @@ def test_a_killed_job_is_finished_by_the_next(
     finished = [
         json.loads(storage.read_bytes(storage.join(destination, path)))["file"]["path"]
         for path in left
-        if path.startswith("_staging/")
+        if is_record(path)
     ]
     before = modification_times(destination, finished)
 
@@ -280,6 +280,11 @@ def test_a_killed_job_is_finished_by_the_next(
     fresh = str(tmp_path / "fresh" / "large")
     stage(open_source(f"npz:{large_npz}"), fresh)
     assert without_date(contents(destination)) == without_date(contents(fresh))
+
+
+def is_record(path: str) -> bool:
+    """Whether a file says that a part is finished, and is not itself still being written under a hidden name."""
+    return path.startswith("_staging/") and not path.rpartition("/")[2].startswith(".")
 
 
 def modification_times(destination: str, paths: list[str]) -> dict[str, int]:
