@@ -122,12 +122,30 @@ class TestTrain:
         assert "seed was 0 and is now 4" in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--judges", "importance_sampling", "--num-chains", "0"], "num_chains must be numbers of at least 1"),
+        (["--judges", "fid"], "there is no judge 'fid'"),
+        (["--judges", "sample_scores"], "give --features"),
+        (["--judges", "parzen", "--num-samples", "0"], "num_samples must be at least 1"),
+        (["--num-workers", "0"], "num_workers must be at least 1"),
+    ],
+)
+def test_judges_that_cannot_judge(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in error_of("evaluate", ["models:/a@champion", "s3://bucket/digits", *arguments], capsys)
+
+
 @pytest.mark.usefixtures("client_env")
 class TestRegistered:
     def test_name_that_does_not_exist(
         self, staged_digits: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        for job, rest in (("evaluate", [staged_digits]), ("sample", [str(tmp_path)])):
+        for job, rest in (
+            ("evaluate", [staged_digits]),
+            ("sample", [str(tmp_path)]),
+            ("inpaint", [staged_digits, str(tmp_path)]),
+        ):
             line = error_of(job, ["models:/infusion-nothing@champion", *rest], capsys)
             assert "no model models:/infusion-nothing@champion" in line
         assert "no model named 'infusion-nothing'" in error_of("promote", ["infusion-nothing"], capsys)
