@@ -166,11 +166,13 @@ def run_sections(reported: ReportedRun, dataset: str | None, seed: int) -> list[
     """Returns what the page says of a run: a section for the run itself, and one for each of its evaluations."""
     params, tags = reported.run.data.params, reported.run.data.tags
     pictures = []
+    denoising = int(params.get("denoising_epochs", 0))
+    changes = f" The objective is denoising up to epoch {denoising}, then {params['objective']}." if denoising else ""
     if reported.history:
         pictures.append(
             Picture(
                 "Figure 3: training curves",
-                "The training objective and the lower bound of the validation split, over the epochs.",
+                "The training objective and the lower bound of the validation split, over the epochs." + changes,
                 figure_png(training_curves(reported.history)),
                 pixels=False,
             )
