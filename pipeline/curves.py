@@ -22,7 +22,7 @@ def training_curves(history: Sequence[Mapping[str, float]]) -> Figure:
         points = [(row["epoch"], row[name]) for row in history if name in row]
         panel.plot(*zip(*points, strict=True), marker="o" if len(points) <= 30 else None, markersize=3)
         panel.set(title=title, xlabel="epoch", ylabel="nats per image")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
     return figure
 
@@ -40,7 +40,7 @@ def rate_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
         for rate, points in sorted(by_rate.items()):
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=rate)
         panel.set(title=title, xlabel="epoch", ylabel="lower bound (validation), nats per image")
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
         panel.legend(title=quantity, fontsize="small")
     return figure

@@ -49,6 +49,7 @@ ROWS = 8
 SAMPLES = 50
 NEIGHBOURS = 5
 COMPLETIONS = 6
+SCHEDULE_ROWS = 3
 # Of the pictures that were logged during training, so many are shown, from the first to the last.
 LOGGED_PICTURES = 4
 
@@ -116,7 +117,7 @@ def report(runs: Sequence[str], destination: str, *, dataset: str | None = None,
     reported = [gather(spec) for spec in runs]
     sections = [section for run in reported for section in run_sections(run, dataset, seed)]
     if len(reported) > 1:
-        sections = [comparison(reported), *sections]
+        sections = [comparison(reported, seed), *sections]
     names = ", ".join(run.name for run in reported)
     lead = f"Infusion training of {names}; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     page = render(f"Report: {names}", lead, sections).encode()
@@ -228,8 +229,8 @@ def measured(record: EvaluationRecord) -> Table:
                 measurement.name,
                 _figure(measurement),
                 _number(measurement.details.get("bits_per_dimension")),
-                _number(measurement.details.get("variance_floor")),
-                _number(measurement.details.get("output_variance")),
+                _setting(measurement.details.get("variance_floor")),
+                _setting(measurement.details.get("output_variance")),
                 f"{measurement.images:,}",
                 _number(measurement.details.get("real_data")),
             ],
@@ -267,8 +268,8 @@ def repetitions(record: EvaluationRecord) -> list[Table]:
     ]
     note = (
         f"Mean and standard deviation over {details['repetitions']} repetitions with new noise; importance sampling "
-        f"with k = {details['num_chains']:,}; variance floor {_number(details['variance_floor'])}, or output variance "
-        f"{_number(details['output_variance'])} where isotropic. Nats per image."
+        f"with k = {details['num_chains']:,}; variance floor {_setting(details['variance_floor'])}, or output variance "
+        f"{_setting(details['output_variance'])} where isotropic. Nats per image."
     )
     return [Table("Table 2's protocol", note, ("estimate", "split", "images", "mean"), rows)]
 
@@ -290,7 +291,7 @@ def beside_the_paper(table: PaperTable, data: str, measurements: Sequence[Measur
             [
                 f"this run on {data}: {measurement.name}",
                 _figure(measurement),
-                _number(measurement.details.get("variance_floor")),
+                _setting(measurement.details.get("variance_floor")),
                 f"{measurement.images:,}",
             ],
         )
@@ -302,8 +303,11 @@ def beside_the_paper(table: PaperTable, data: str, measurements: Sequence[Measur
     return Table(table.title, note, ("model", "figure", "variance floor", "images"), rows)
 
 
-def comparison(reported: Sequence[ReportedRun]) -> Section:
-    """Returns what is to be seen of several runs side by side: their bounds, and curves by infusion rate (Figure 6)."""
+def comparison(reported: Sequence[ReportedRun], seed: int) -> Section:
+    """Returns what is to be seen of several runs side by side.
+
+    That is their bounds, curves by infusion rate (Figure 6), and chains of different schedules (Figure 7).
+    """
     rows = []
     curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = defaultdict(lambda: defaultdict(dict))
     for run in reported:
@@ -317,11 +321,11 @@ def comparison(reported: Sequence[ReportedRun]) -> Section:
                 [
                     run.name,
                     params["num_steps"],
-                    _number(initial),
-                    _number(increment),
+                    _setting(initial),
+                    _setting(increment),
                     _number(max((bound for _, bound in bounds), default=None)),
                     _figure(tests[0]) if tests else NOT_MEASURED,
-                    _number(float(params["variance_floor"])),
+                    _setting(float(params["variance_floor"])),
                 ],
             )
         )
@@ -341,9 +345,30 @@ def comparison(reported: Sequence[ReportedRun]) -> Section:
         )
         for quantity, by_steps in curves.items()
     ]
+    pictures += _schedules(reported, seed)
     header = ("run", "T", "α⁽⁰⁾", "ω", "best validation bound", "test bound", "variance floor")
     note = "Nats per image; bounds of different variance floors do not compare."
     return Section("Runs side by side", tables=[Table("Bounds", note, header, rows)], pictures=pictures)
+
+
+def _schedules(reported: Sequence[ReportedRun], seed: int) -> list[Picture]:
+    """Returns sampling chains of the runs that have a model (Figure 7); nothing if all have the same schedule."""
+    models = [(run.name, model_package.load(run.model)) for run in reported if run.model is not None]
+    if len({(model.config.initial_rate, model.config.rate_increment) for _, model in models}) < 2:
+        return []
+    pictures = []
+    for name, model in models:
+        initial, increment = model.config.initial_rate, model.config.rate_increment
+        schedule = f"increasing rates, ω = {increment:g}" if increment else f"a constant rate, α = {initial:g}"
+        pictures.append(
+            Picture(
+                f"Figure 7: {schedule}",
+                f"Sampling chains of {name}, drawn with one seed for all runs; the last column is the mean of the last "
+                "step.",
+                png(sampling_chains_picture(model, GeneratorNoise.from_seed(seed), chains=SCHEDULE_ROWS)),
+            )
+        )
+    return pictures
 
 
 @torch.no_grad()
@@ -427,6 +452,11 @@ def _number(value: float | None) -> str:
     if value == 0 or 1e-2 <= abs(value) < 1e6:
         return f"{value:,.2f}"
     return f"{value:.1e}"
+
+
+def _setting(value: float | None) -> str:
+    """Returns what was set or chosen, a rate or a variance, to three significant digits."""
+    return "" if value is None else f"{value:.3g}"
 
 
 def _without_long_lists(text: str) -> str:

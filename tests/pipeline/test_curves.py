@@ -2,7 +2,7 @@ import io
 
 from PIL import Image
 
-from pipeline.curves import figure_png, training_curves
+from pipeline.curves import estimate_curve, figure_png, rate_curves, training_curves
 
 
 def test_curves_and_png() -> None:
@@ -14,3 +14,30 @@ def test_curves_and_png() -> None:
     assert objective == [[e, e] for e in range(6)]
     assert bound == [[e, 2] for e in (1, 3, 5)]
     assert Image.open(io.BytesIO(figure_png(figure))).format == "PNG"
+
+
+def test_a_panel_for_every_number_of_steps_and_a_curve_for_every_rate() -> None:
+    curves = {"T = 5": {"0.1": [(1.0, 3.0), (2.0, 4.0)], "0.01": [(1.0, 1.0)]}, "T = 15": {"0": [(1.0, 7.0)]}}
+    figure = rate_curves(curves, "ω")
+    drawn = {
+        panel.get_title(): {str(line.get_label()): line.get_xydata().tolist() for line in panel.lines}
+        for panel in figure.axes
+    }
+    assert drawn == {
+        title: {rate: [list(point) for point in points] for rate, points in by_rate.items()}
+        for title, by_rate in curves.items()
+    }
+
+
+def test_epochs_are_whole_even_if_there_is_only_one() -> None:
+    for figure in (training_curves([{"epoch": 1, "train/objective": 2.0}]), rate_curves({"T": {"0.1": [(1, 2)]}}, "ω")):
+        figure.canvas.draw()
+        assert all(tick == round(tick) for panel in figure.axes for tick in panel.get_xticks())
+
+
+def test_estimates_over_the_number_of_chains() -> None:
+    figure = estimate_curve([(1, -10.0, 1.0), (10, -8.0, 4.5)])
+    estimates, sizes = (panel.lines[0].get_xydata().tolist() for panel in figure.axes)
+    assert estimates == [[1, -10], [10, -8]]
+    assert sizes == [[1, 1], [10, 4.5]]
+    assert {panel.get_xscale() for panel in figure.axes} == {"log"}

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig
@@ -9,8 +11,11 @@ from infusion_core.noise import GeneratorNoise
 from pipeline.figures import (
     image_grid,
     infusion_chains_picture,
+    inpainting_picture,
+    neighbours_picture,
     samples_picture,
     sampling_chains_picture,
+    stacked,
 )
 
 
@@ -52,3 +57,39 @@ def test_chains_have_a_column_for_every_state() -> None:
     assert picture.shape[1] == 2 + 5 * cell
     top_left_of_targets = picture[16 + 2 :: cell, 2 + 4 * cell][:2, 0]
     assert (top_left_of_targets == (targets[:, 0, 0, 0] * 255).round().numpy()).all()
+
+
+def cell(picture: Image.Image, row: int, column: int, image: Tensor) -> bool:
+    """Whether a grid with titles shows an image of 2 × 2 grey pixels, each 28 pixels wide, at a place."""
+    y, x = 16 + 2 + row * 58, 2 + column * 58
+    expected = np.kron((image[0] * 255).round().numpy(), np.ones((28, 28)))
+    return bool((np.asarray(picture)[y : y + 56, x : x + 56] == expected[..., None]).all())
+
+
+def test_samples_stand_left_of_their_neighbours() -> None:
+    samples, neighbours = torch.rand(3, 1, 2, 2), torch.rand(3, 2, 1, 2, 2)
+    picture = neighbours_picture(samples, neighbours)
+    for row in range(3):
+        assert cell(picture, row, 0, samples[row])
+        assert all(cell(picture, row, 1 + rank, neighbours[row, rank]) for rank in range(2))
+
+
+def test_what_was_not_known_is_grey() -> None:
+    images, completed = torch.rand(2, 1, 2, 2), torch.rand(2, 3, 1, 2, 2)
+    known = torch.tensor([[True, True], [False, False]])
+    picture = inpainting_picture(images, known, completed)
+    for row in range(2):
+        shown = torch.cat([images[row, :, :1], torch.full((1, 1, 2), 0.5)], 1)
+        assert cell(picture, row, 0, images[row])
+        assert cell(picture, row, 1, shown)
+        assert all(cell(picture, row, 2 + number, completed[row, number]) for number in range(3))
+
+
+def test_pictures_are_stacked_below_their_titles() -> None:
+    pictures = {"first": Image.new("RGB", (40, 6), (9, 8, 7)), "second": Image.new("RGB", (30, 5), (1, 2, 3))}
+    canvas = np.asarray(stacked(pictures))
+    assert canvas.shape == (22 + 6 + 22 + 5, 40, 3)
+    assert (canvas[22:28] == (9, 8, 7)).all()
+    assert (canvas[50:, :30] == (1, 2, 3)).all()
+    assert (canvas[50:, 30:] == 255).all()
+    assert (canvas[:22] < 255).any()

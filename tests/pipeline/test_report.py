@@ -14,20 +14,21 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
+from infusion_core.noise import GeneratorNoise
 from infusion_core.sampling import sample_batches
 from pipeline import model_package, registry, storage, tracking
 from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
-from pipeline.figures import infusion_chains_picture, png, samples_picture
+from pipeline.figures import infusion_chains_picture, png, samples_picture, sampling_chains_picture
 from pipeline.judges import JudgeConfig
 from pipeline.manifest import Manifest
 from pipeline.measurements import EvaluationRecord, Measurement, record_path
 from pipeline.presets import digits as digits_preset
 from pipeline.ray_training import flat
-from pipeline.report import beside_the_paper, report
+from pipeline.report import beside_the_paper, comparison, gather, measured, report
 from pipeline.report_page import NOT_MEASURED, Listing, Picture, Section, Table, render
 from pipeline.tracking import TrackedRun
-from pipeline.training import Training
+from pipeline.training import TrainConfig, Training
 
 Digits = tuple[str, Manifest]
 EPOCHS = 4
@@ -67,19 +68,32 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
+def short(epochs: int) -> TrainConfig:
+    """The preset of the digits with three steps and a small network."""
+    config = digits_preset()
+    model = dataclasses.replace(config.model, num_steps=3, hidden_sizes=(16,))
+    return dataclasses.replace(config, epochs=epochs, validate_every=1, model=model)
+
+
 @pytest.fixture(scope="module")
 def trained(client_env: Mapping[str, str], digits: Digits) -> tuple[TrackedRun, str]:
-    """A short training by the bare loop, logged and registered as a job does; the run and its model."""
+    """A short training with an increasing rate; the run and its model."""
+    return train_bare("<b>hostile</b>", digits, short(EPOCHS))
+
+
+@pytest.fixture(scope="module")
+def trained_at_constant_rate(client_env: Mapping[str, str], digits: Digits) -> tuple[TrackedRun, str]:
+    """A short training with a constant rate; the run and its model."""
+    config = short(1)
+    model = dataclasses.replace(config.model, initial_rate=0.3, rate_increment=0.0)
+    return train_bare("constant", digits, dataclasses.replace(config, model=model))
+
+
+def train_bare(run_name: str, digits: Digits, config: TrainConfig) -> tuple[TrackedRun, str]:
+    """Trains by the bare loop, logs and registers as a job does; returns the run and its model."""
     address, manifest = digits
-    config = digits_preset()
-    config = dataclasses.replace(
-        config,
-        epochs=EPOCHS,
-        validate_every=1,
-        model=dataclasses.replace(config.model, num_steps=3, hidden_sizes=(16,)),
-    )
     name = f"infusion-{uuid.uuid4().hex[:8]}"
-    with tracking.owned_run("tests", "<b>hostile</b>", params={**flat(config), "dataset": address}, tags={}) as run:
+    with tracking.owned_run("tests", run_name, params={**flat(config), "dataset": address}, tags={}) as run:
         training = Training(config, address, manifest)
         for epoch in training.epochs():
             run.log_metrics([(epoch.epoch, epoch.metrics)])
@@ -109,9 +123,9 @@ def test_report_of_a_run(trained: tuple[TrackedRun, str], digits: Digits, bucket
         f"{estimate.value:,.2f} ± {estimate.standard_error:,.2f}",
         f"{evaluated.baseline_log_likelihood:,.2f}",
         f"{evaluated.bits_per_dimension:,.2f}",
-        "1.0e-03",
+        "0.001",
         "importance sampling, k = 5",
-        "1350.6",
+        "1350",
         NOT_MEASURED,
         "This run is of other data",
         digits[1].origin.fingerprint,
@@ -131,13 +145,30 @@ def test_report_of_a_run(trained: tuple[TrackedRun, str], digits: Digits, bucket
     assert any(picture.height == EPOCHS * (22 + 16 + 2 + 2 * 58) for picture in page.pictures)
 
 
-def test_report_of_several_runs_compares_them(trained: tuple[TrackedRun, str], digits: Digits, bucket_uri: str) -> None:
-    run, model = trained
-    result = report([model, run.run_id], bucket_uri)
+def test_report_of_several_runs_compares_them(
+    trained: tuple[TrackedRun, str],
+    trained_at_constant_rate: tuple[TrackedRun, str],
+    bucket_uri: str,
+) -> None:
+    models = [trained[1], trained_at_constant_rate[1]]
+    result = report(models, bucket_uri, seed=5)
     page = Page(storage.read_bytes(result.report).decode())
     assert result.runs == 2
     assert "Runs side by side" in page.text
-    assert any(title.startswith("Figure 6") for title in page.words)
+    assert sum(title.startswith("Figure 6") for title in page.words) == 2
+    for title, model in zip(
+        ("Figure 7: increasing rates, ω = 0.1", "Figure 7: a constant rate, α = 0.3"), models, strict=True
+    ):
+        assert page.words.count(title) == 1
+        loaded = model_package.load(registry.find(model))
+        chains = np.asarray(sampling_chains_picture(loaded, GeneratorNoise.from_seed(5), chains=3))
+        assert any(np.array_equal(np.asarray(picture.convert("RGB")), chains) for picture in page.pictures)
+
+
+def test_runs_of_one_schedule_are_not_compared_by_schedule(trained: tuple[TrackedRun, str]) -> None:
+    run, model = trained
+    pictures = comparison([gather(model), gather(run.run_id)], 0).pictures
+    assert [picture.title.partition(":")[0] for picture in pictures] == ["Figure 6"]
 
 
 def test_runs_that_cannot_be_reported_are_refused(client_env: Mapping[str, str], bucket_uri: str) -> None:
@@ -173,9 +204,30 @@ def test_our_figures_stand_below_the_papers() -> None:
     )
     table = beside_the_paper(TABLES[0], "mnist", [ours])
     assert [cells[:2] for mine, cells in table.rows if mine] == [["this run on mnist: Parzen", "301.50 ± 2.25"]]
-    assert ["infusion training (the paper)", "312 ± 1.7"] in [list(cells[:2]) for mine, cells in table.rows if not mine]
+    assert ["infusion training (the paper, unchecked)", "312 ± 1.7"] in [
+        list(cells[:2]) for mine, cells in table.rows if not mine
+    ]
     (missing,) = [cells for mine, cells in beside_the_paper(TABLES[2], "cifar10", [ours]).rows if mine]
     assert missing[1] == NOT_MEASURED
+
+
+def test_rates_and_variances_keep_their_digits() -> None:
+    measurement = Measurement(
+        judge="isotropic_lower_bound",
+        name="isotropic",
+        value=-253.9,
+        standard_error=None,
+        unit="nats per image",
+        images=100,
+        details={"variance_floor": 1.3e-6, "output_variance": 0.0323},
+    )
+    record = EvaluationRecord(
+        model="m", dataset="d", dataset_fingerprint="f", split="test", measurements=(measurement,)
+    )
+    table = measured(record)
+    ((_, cells),) = table.rows
+    row = dict(zip(table.header, cells, strict=True))
+    assert (row["variance floor"], row["output variance"], row["value"]) == ("1.3e-06", "0.0323", "-253.90")
 
 
 def test_a_damaged_record_is_refused() -> None:
