@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from infusion_core.errors import InfusionError
-from infusion_core.noise import GeneratorNoise, Noise
+from infusion_core.noise import ConcatenatedNoise, GeneratorNoise, Noise
 
 ROWS_AT_ONCE = 1000
 
@@ -36,8 +36,8 @@ class LogWeightSums:
     """Sums over the log weights of any number of chains, for every example of a batch.
 
     Attributes:
-        values: all there is to save and to resume from: a float64 tensor of shape `(4, B)`, whose rows are the number
-            of chains, log Σ exp ℓ, log Σ exp 2ℓ and Σ ℓ.
+        values: a float64 tensor of shape `(4, B)`, whose rows are the number of chains, log Σ exp ℓ, log Σ exp 2ℓ and
+            Σ ℓ.
 
     Raises:
         InfusionError: `values` is not such a tensor.
@@ -100,12 +100,11 @@ def importance_sampling(
     num_chains: Sequence[int],
     *,
     rows_at_once: int = ROWS_AT_ONCE,
-    resume_from: LogWeightSums | None = None,
 ) -> Iterator[LogWeightSums]:
     """Yields the sums over the log weights of the first k chains of every example, for every k asked for.
 
     A chain's noise is determined by `entropy` and the chain's number: neither `rows_at_once` nor the choice of k
-    changes more than rounding. Taken up again from sums that it has yielded, the rest is the same bit for bit.
+    changes more than rounding.
 
     Args:
         log_weights: draws a log weight for every row that it is called with.
@@ -113,10 +112,9 @@ def importance_sampling(
         entropy: non-negative integers; see `GeneratorNoise.from_seed`.
         num_chains: the k asked for, increasing.
         rows_at_once: the most rows, B to a chain, that `log_weights` is called with; it bounds the memory.
-        resume_from: sums over the first chains; those k that they have reached are not yielded again.
 
     Raises:
-        InfusionError: an argument is out of range, or `resume_from` is not of this batch.
+        InfusionError: an argument is out of range.
     """
     batch_size = len(target)
     if not num_chains or num_chains[0] < 1:
@@ -127,10 +125,7 @@ def importance_sampling(
         raise InfusionError(
             f"a batch of {batch_size} examples is not from 1 to rows_at_once = {rows_at_once}; split it differently"
         )
-    sums = LogWeightSums.empty(batch_size, device=target.device) if resume_from is None else resume_from
-    if sums.values.shape[1] != batch_size:
-        raise InfusionError(f"sums over {sums.values.shape[1]} examples cannot be resumed with a batch of {batch_size}")
-    return _importance_sampling(log_weights, target, entropy, num_chains, rows_at_once, sums)
+    return _importance_sampling(log_weights, target, entropy, num_chains, rows_at_once)
 
 
 @torch.no_grad()
@@ -140,38 +135,17 @@ def _importance_sampling(
     entropy: Sequence[int],
     num_chains: Sequence[int],
     rows_at_once: int,
-    sums: LogWeightSums,
 ) -> Iterator[LogWeightSums]:
     batch_size = len(target)
     chains_at_once = rows_at_once // batch_size
-    done = int(sums.num_chains[0])
+    sums, done = LogWeightSums.empty(batch_size, device=target.device), 0
     for goal in num_chains:
-        if goal <= done:
-            continue
         while done < goal:
             chains = range(done, min(done + chains_at_once, goal))
-            noise = _ChainNoise([GeneratorNoise.from_seed(*entropy, chain, device=target.device) for chain in chains])
+            noise = ConcatenatedNoise(
+                [GeneratorNoise.from_seed(*entropy, chain, device=target.device) for chain in chains]
+            )
             rows = target.repeat(len(chains), *[1] * (target.dim() - 1))
             sums = sums.update(log_weights(rows, noise).view(len(chains), batch_size))
             done = chains.stop
         yield sums
-
-
-class _ChainNoise:
-    """Noise for as many chains as there are sources, each with a source of its own and an equal part of the rows."""
-
-    def __init__(self, sources: Sequence[Noise]) -> None:
-        self.sources = sources
-
-    def normal_like(self, like: Tensor) -> Tensor:
-        return self._concatenate(like, lambda source, part: source.normal_like(part))
-
-    def uniform_like(self, like: Tensor) -> Tensor:
-        return self._concatenate(like, lambda source, part: source.uniform_like(part))
-
-    def bernoulli_like(self, like: Tensor, probability: float) -> Tensor:
-        return self._concatenate(like, lambda source, part: source.bernoulli_like(part, probability))
-
-    def _concatenate(self, like: Tensor, draw: Callable[[Noise, Tensor], Tensor]) -> Tensor:
-        parts = like.chunk(len(self.sources))
-        return torch.cat([draw(source, part) for source, part in zip(self.sources, parts, strict=True)])

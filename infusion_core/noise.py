@@ -6,7 +6,7 @@ and another source (the concatenated noise of several workers, say) can stand in
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -72,6 +72,29 @@ class GeneratorNoise:
         mask = torch.zeros(total, dtype=torch.bool)
         mask[successes[successes < total].long()] = True
         return mask.view(like.shape)
+
+
+class ConcatenatedNoise:
+    """Noise of several sources, each of which serves an equal part of what is asked for along the first dimension."""
+
+    def __init__(self, sources: Sequence[Noise]) -> None:
+        self.sources = sources
+
+    def normal_like(self, like: Tensor) -> Tensor:
+        """See `Noise.normal_like`."""
+        return self._concatenate(like, lambda source, part: source.normal_like(part))
+
+    def uniform_like(self, like: Tensor) -> Tensor:
+        """See `Noise.uniform_like`."""
+        return self._concatenate(like, lambda source, part: source.uniform_like(part))
+
+    def bernoulli_like(self, like: Tensor, probability: float) -> Tensor:
+        """See `Noise.bernoulli_like`."""
+        return self._concatenate(like, lambda source, part: source.bernoulli_like(part, probability))
+
+    def _concatenate(self, like: Tensor, draw: Callable[[Noise, Tensor], Tensor]) -> Tensor:
+        parts = like.chunk(len(self.sources))
+        return torch.cat([draw(source, part) for source, part in zip(self.sources, parts, strict=True)])
 
 
 # Above, drawing every trial is as cheap.

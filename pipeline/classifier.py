@@ -14,8 +14,6 @@ from typing import Any, Self
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -178,22 +176,16 @@ def register(
         run: the run that trained it; the files go to its artifacts.
         accuracies: `valid/accuracy`, and others that are to be noted with it.
     """
-    client, name = MlflowClient(), classifier_name(manifest.name)
+    name = classifier_name(manifest.name)
     tags = {
         "dataset_fingerprint": manifest.origin.fingerprint,
         "classes": str(len(classifier.config.class_names)),
         **{metric: str(value) for metric, value in accuracies.items()},
     }
-    with tempfile.TemporaryDirectory() as temporary, mlflow_errors(f"register a version of {name}"):
+    with tempfile.TemporaryDirectory() as temporary, mlflow_errors(f"log the files of {name}"):
         save_classifier(classifier, Path(temporary))
-        client.log_artifacts(run.run_id, temporary, _ARTIFACT)
-        try:
-            client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-                raise
-        source = f"{client.get_run(run.run_id).info.artifact_uri}/{_ARTIFACT}"
-        registered = RegisteredModel.of(client.create_model_version(name, source, run.run_id, tags=tags))
+        MlflowClient().log_artifacts(run.run_id, temporary, _ARTIFACT)
+    registered = registry.create_version(name, run, _ARTIFACT, tags)
     champion = registry.find_alias(name, registry.CHAMPION)
     same_data = champion is not None and champion.tags.get("dataset_fingerprint") == tags["dataset_fingerprint"]
     if champion is None or not same_data or float(champion.tags["valid/accuracy"]) <= accuracies["valid/accuracy"]:

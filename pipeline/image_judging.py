@@ -79,9 +79,11 @@ class Judging:
             images: how many images; all by default.
 
         Raises:
-            UserError: the data cannot be read, or the cluster cannot hold the workers.
+            UserError: there are no images, they cannot be read, or the cluster cannot hold the workers.
         """
         rows = self.manifest.rows(split) if images is None else min(images, self.manifest.rows(split))
+        if rows == 0:
+            raise UserError(f"{self.dataset} has no images in its {split} split; name another split or data set")
         units = range(math.ceil(rows / judge.images_per_unit))
         folder = self._folder(judge, split)
         results: dict[int, Figures] = {}

@@ -15,14 +15,13 @@ import mlflow.pyfunc
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
 
 import infusion_core
 from infusion_core.model import InfusionModel, load_model, save_model
-from pipeline.registry import CHALLENGER, RegisteredModel
+from pipeline import registry
+from pipeline.registry import RegisteredModel
 from pipeline.tracking import TrackedRun, mlflow_errors
 
 _ARTIFACT = "infusion_model"
@@ -37,27 +36,16 @@ def register(model: InfusionModel, name: str, run: TrackedRun, tags: Mapping[str
         run: the run that trained it; the files go to its artifacts.
         tags: what is to be known of the model without loading it: its bounds, the data set that they are of.
     """
-    client = MlflowClient()
     with tempfile.TemporaryDirectory() as temporary:
         files, packed = Path(temporary) / _ARTIFACT, Path(temporary) / "model"
         files.mkdir()
         save_model(model, files)
         _pack(model, files, packed)
-        with mlflow_errors(f"register a version of {name}"):
-            client.log_artifacts(run.run_id, str(packed), "model")
-            try:
-                client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-                    raise
-            source = f"{client.get_run(run.run_id).info.artifact_uri}/model"
-            # A job that was killed after this line finds its version again.
-            earlier = client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'")
-            registered = (
-                earlier[0] if earlier else client.create_model_version(name, source, run.run_id, tags=dict(tags))
-            )
-            client.set_registered_model_alias(name, CHALLENGER, registered.version)
-    return RegisteredModel.of(registered)
+        with mlflow_errors(f"log the files of {name}"):
+            MlflowClient().log_artifacts(run.run_id, str(packed), "model")
+    registered = registry.create_version(name, run, "model", tags)
+    registry.set_alias(registered, registry.CHALLENGER)
+    return registered
 
 
 def load(model: RegisteredModel) -> InfusionModel:

@@ -29,7 +29,10 @@ def tfd() -> TrainConfig:
 
 
 def cifar10() -> TrainConfig:
-    """The paper's CIFAR-10 model: the generator of Salimans et al. 2016, one mask for all channels of a pixel."""
+    """The paper's CIFAR-10 model: the generator of Salimans et al. 2016, one mask for all channels of a pixel.
+
+    Steps and rates are those of MNIST: what the paper has for these images has not been checked.
+    """
     config = mnist()
     model = replace(
         config.model,

@@ -10,12 +10,13 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import (
     INVALID_PARAMETER_VALUE,
+    RESOURCE_ALREADY_EXISTS,
     RESOURCE_DOES_NOT_EXIST,
     ErrorCode,
 )
 
 from pipeline.errors import UserError
-from pipeline.tracking import mlflow_errors
+from pipeline.tracking import TrackedRun, mlflow_errors
 
 CHALLENGER = "challenger"
 CHAMPION = "champion"
@@ -98,6 +99,28 @@ def find_alias(name: str, alias: str) -> RegisteredModel | None:
                 raise
             raise UserError(f"the registry has no model named {name!r}; jobs.train registers one") from error
         return RegisteredModel.of(client.get_model_version(name, aliases[alias])) if alias in aliases else None
+
+
+def create_version(name: str, run: TrackedRun, artifact: str, tags: Mapping[str, str]) -> RegisteredModel:
+    """Registers a folder of a run's artifacts as the newest version of `name`, which is created if need be.
+
+    Args:
+        name: of the registered model.
+        run: the run that the files were logged to; a job that was killed after this finds the run's version again.
+        artifact: the folder, below the run's artifacts.
+        tags: what is to be known of the version without loading it.
+    """
+    client = MlflowClient()
+    with mlflow_errors(f"register a version of {name}"):
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+                raise
+        if earlier := client.search_model_versions(f"name = '{name}' and run_id = '{run.run_id}'"):
+            return RegisteredModel.of(earlier[0])
+        source = f"{client.get_run(run.run_id).info.artifact_uri}/{artifact}"
+        return RegisteredModel.of(client.create_model_version(name, source, run.run_id, tags=dict(tags)))
 
 
 def set_alias(model: RegisteredModel, alias: str) -> None:

@@ -9,7 +9,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,7 @@ def _system_metrics(run: Mapping[str, str], node: int, wanted: bool) -> Iterator
     if not wanted:
         yield
         return
+    from mlflow.exceptions import MlflowException
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     monitor = SystemMetricsMonitor(
@@ -156,6 +157,10 @@ def _system_metrics(run: Mapping[str, str], node: int, wanted: bool) -> Iterator
         yield
     finally:
         monitor.finish()
+        # The sample that it was waiting with, which it drops, is all that there is of a short run.
+        with suppress(MlflowException):
+            monitor.publish_metrics(monitor.aggregate_metrics())
+            monitor.mlflow_logger.flush()
 
 
 def _write_outcome(training: Training, metrics: Mapping[str, float], folder: str) -> None:

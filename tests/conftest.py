@@ -127,6 +127,12 @@ def staged_digits(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    """Networks start from the same weights, whatever was run before and in whatever order."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Small tensors gain nothing from threads, and the order of a sum stays the same on every machine."""

@@ -173,20 +173,6 @@ def test_a_batch_is_run_together_as_often_as_it_fits():
     assert model.rows == [6, 9, 9, 6]
 
 
-def test_resumed_sums_are_the_undisturbed_ones_bit_for_bit():
-    model = LinearModel()
-    arguments = model.log_weights, TARGET, (3,), [2, 9, 10, 25]
-    undisturbed = list(importance_sampling(*arguments, rows_at_once=9))
-    for stopped, sums in enumerate(undisturbed):
-        saved = LogWeightSums(
-            torch.frombuffer(bytearray(sums.values.numpy().tobytes()), dtype=torch.float64).view(4, 3)
-        )
-        rest = list(importance_sampling(*arguments, rows_at_once=9, resume_from=saved))
-        assert len(rest) == 3 - stopped
-        for resumed, known in zip(rest, undisturbed[stopped + 1 :], strict=True):
-            assert torch.equal(resumed.values, known.values)
-
-
 def test_images_of_any_shape_are_repeated_whole():
     # The log weight is told by the row's own values: every chain of an example sees that example.
     target = torch.arange(24, dtype=torch.float32).view(2, 3, 2, 2)
@@ -208,7 +194,6 @@ def test_no_graph_is_kept():
         ({"num_chains": [1, 10, 10]}, r"must increase, which k = \[1, 10, 10\] do not"),
         ({"rows_at_once": 2}, "batch of 3 examples is not from 1 to rows_at_once = 2"),
         ({"target": TARGET[:0]}, "batch of 0 examples"),
-        ({"resume_from": LogWeightSums.empty(2)}, "sums over 2 examples cannot be resumed with a batch of 3"),
     ],
 )
 def test_arguments_out_of_range_are_refused_before_sampling(changed, message):

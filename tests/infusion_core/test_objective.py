@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from infusion_core.bound import log_weight
 from infusion_core.chain import infusion_chain
 from infusion_core.gaussian import FactorialGaussian
-from infusion_core.noise import GeneratorNoise
+from infusion_core.noise import ConcatenatedNoise, GeneratorNoise
 from infusion_core.normalization import StepBatchNorm
 from infusion_core.objective import (
     OBJECTIVES,
@@ -56,27 +56,6 @@ class Recorder:
     def __call__(self, state, step):
         self.calls.append((state.clone(), step))
         return self.operator(state, step)
-
-
-class ConcatenatedNoise:
-    """What several workers draw, each for an equal share of the batch, as one process's noise."""
-
-    def __init__(self, parts: list[GeneratorNoise]) -> None:
-        self.parts = parts
-
-    def normal_like(self, like):
-        shares = like.chunk(len(self.parts))
-        return torch.cat([part.normal_like(share) for part, share in zip(self.parts, shares, strict=True)])
-
-    def uniform_like(self, like):
-        shares = like.chunk(len(self.parts))
-        return torch.cat([part.uniform_like(share) for part, share in zip(self.parts, shares, strict=True)])
-
-    def bernoulli_like(self, like, probability):
-        shares = like.chunk(len(self.parts))
-        return torch.cat(
-            [part.bernoulli_like(share, probability) for part, share in zip(self.parts, shares, strict=True)]
-        )
 
 
 def make_operator(num_steps: int) -> SmoothOperator:

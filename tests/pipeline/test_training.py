@@ -11,7 +11,7 @@ from torch.distributions import Independent, Normal
 
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig, save_model
-from infusion_core.noise import GeneratorNoise
+from infusion_core.noise import ConcatenatedNoise, GeneratorNoise
 from infusion_core.objective import OBJECTIVES, ObjectiveName
 from infusion_core.pixels import dequantise
 from pipeline.bound_evaluation import BoundSums, chunk_share, load_chunks, sum_bound, sum_log_prob
@@ -121,26 +121,6 @@ dist.destroy_process_group()
 """
 
 
-class ConcatenatedNoise:
-    """What two workers draw, each for its half of the batch, as one process's noise."""
-
-    def __init__(self, *parts: GeneratorNoise) -> None:
-        self.parts = parts
-
-    def _draw(self, kind: str, like: torch.Tensor, *arguments: float) -> torch.Tensor:
-        halves = zip(self.parts, like.chunk(2), strict=True)
-        return torch.cat([getattr(part, kind)(half, *arguments) for part, half in halves])
-
-    def normal_like(self, like: torch.Tensor) -> torch.Tensor:
-        return self._draw("normal_like", like)
-
-    def uniform_like(self, like: torch.Tensor) -> torch.Tensor:
-        return self._draw("uniform_like", like)
-
-    def bernoulli_like(self, like: torch.Tensor, probability: float) -> torch.Tensor:
-        return self._draw("bernoulli_like", like, probability)
-
-
 def test_two_workers_take_the_steps_of_one(digits: Digits, tmp_path: Path, run_workers) -> None:
     dataset, manifest = digits
     batches = load_rows(dataset, manifest, "train", 0, 3 * 128).split(128)
@@ -154,7 +134,7 @@ def test_two_workers_take_the_steps_of_one(digits: Digits, tmp_path: Path, run_w
     alone.model.train()
     before = tensors_of(alone)
     for step, images in enumerate(batches):
-        noise = ConcatenatedNoise(*(GeneratorNoise.from_seed(step, rank) for rank in range(2)))
+        noise = ConcatenatedNoise([GeneratorNoise.from_seed(step, rank) for rank in range(2)])
         alone.train_step(images, noise)
     for name, tensor in tensors_of(alone).items():
         assert torch.equal(ranks[0][name], ranks[1][name]), name
