@@ -105,6 +105,9 @@ def main(argument: str) -> None:
     print(json.dumps(result), flush=True)
     if spec["world_size"] > 1:
         dist.destroy_process_group()
+        # A DDP module that still refers to the group keeps gloo's threads alive, and one of them that wants the
+        # interpreter while it shuts down aborts the process.
+        os._exit(0)
 
 
 def middle(values: Sequence[float]) -> float:

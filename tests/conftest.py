@@ -19,6 +19,7 @@ from pipeline.local_services import LocalServices
 from pipeline.staging import stage
 
 SECONDS_FOR_WORKERS = 300
+WORKER_PROCESS = Path(__file__).with_name("worker_process.py")
 
 _FOLDER = pytest.StashKey[Path]()
 
@@ -80,14 +81,15 @@ def ray_cluster(client_env: Mapping[str, str]) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict]]:
-    """Runs a file as two processes, `python FILE rank folder`, and returns what each saved as `rank.pt`.
+def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[dict]]:
+    """Calls a file's `worker(rank, **arguments)` in two processes that form a group; returns what each returned.
 
-    The processes meet through the file `folder/rendezvous`: no port is needed, none can be taken.
+    The processes meet through a file: no port is needed, none can be taken.
     """
 
-    def run(script: str) -> list[dict]:
+    def run(file: str, **arguments: object) -> list[dict]:
         folder = tmp_path_factory.mktemp("workers")
+        torch.save(arguments, folder / "arguments.pt")
         package_root = Path(infusion_core.__file__).parents[1]
         environment = os.environ | {"PYTHONPATH": str(package_root), "OMP_NUM_THREADS": "1"}
         if sys.platform == "linux":
@@ -95,7 +97,7 @@ def run_workers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], lis
         logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
         workers = [
             subprocess.Popen(
-                [sys.executable, script, str(rank), str(folder)],
+                [sys.executable, str(WORKER_PROCESS), file, str(rank), str(folder)],
                 env=environment,
                 stdout=logs[rank],
                 stderr=subprocess.STDOUT,

@@ -1,10 +1,6 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from infusion_core.normalization import StepBatchNorm, collect_statistics
@@ -285,10 +281,8 @@ def differentiate(norm: StepBatchNorm, features: torch.Tensor, gradient: torch.T
     }
 
 
-def worker(rank: int, folder: Path) -> dict:
+def worker(rank: int) -> dict:
     """What one of two processes computes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results = {}
     for case, (sizes, shape) in DISTRIBUTED_CASES.items():
         features, gradient = (tensor.split(sizes)[rank] for tensor in make_batch(sizes, shape))
@@ -308,10 +302,4 @@ def worker(rank: int, folder: Path) -> dict:
         results["bfloat16"] = differentiate(norm, features.split((3, 5))[rank], gradient.split((3, 5))[rank], 1)
     except RuntimeError as error:
         results["bfloat16"] = str(error)
-    dist.destroy_process_group()
     return results
-
-
-if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.save(worker(rank, folder), folder / f"{rank}.pt")

@@ -1,12 +1,9 @@
 import math
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import distributions, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -343,10 +340,8 @@ def test_two_workers_end_with_the_same_bits(workers):
             assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
 
 
-def worker(rank: int, folder: Path) -> dict:
+def worker(rank: int) -> dict:
     """What one of two processes computes."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results: dict = {name: {} for name in NETWORKS}
     for name in NETWORKS:
         for objective, losses in OBJECTIVES.items():
@@ -355,10 +350,4 @@ def worker(rank: int, folder: Path) -> dict:
             parallel = DistributedDataParallel(operator, broadcast_buffers=False)
             noise = GeneratorNoise.from_seed(rank)
             results[name][objective] = take_step(parallel, list(operator.parameters()), losses, target, noise)
-    dist.destroy_process_group()
     return results
-
-
-if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    torch.save(worker(rank, folder), folder / f"{rank}.pt")

@@ -15,8 +15,11 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load
+from torch import Tensor
 
 from pipeline import demo, storage, tracking
+from pipeline.manifest import Manifest
+from pipeline.training import TrainConfig, Training, Worker
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["--preset", "digits", "--hidden-sizes", "32,32", "--num-steps", "3", "--global-batch", "128"]
@@ -109,26 +112,16 @@ def _fetched(uri: str, file: Path) -> Path:
     return file
 
 
-BARE_SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from pipeline.manifest import Manifest
-from pipeline.training import TrainConfig, Training, Worker
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + folder + "/rendezvous", rank=rank, world_size=2)
-training = Training(TrainConfig.from_json({config!r}), {dataset!r}, Manifest.load({dataset!r}), Worker(rank, 2))
-list(training.epochs())
-training.finish()
-torch.save(training.model.state_dict(), folder + f"/{{rank}}.pt")
-dist.destroy_process_group()
-"""
+def worker(rank: int, dataset: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """What one of two processes ends with that train without Ray and are not disturbed."""
+    training = Training(TrainConfig.from_json(config), dataset, Manifest.load(dataset), Worker(rank, 2))
+    list(training.epochs())
+    training.finish()
+    return training.model.state_dict()
 
 
 def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
-    client_env: Mapping[str, str], dataset: str, bucket_uri: str, tmp_path: Path, run_workers: Any
+    client_env: Mapping[str, str], dataset: str, bucket_uri: str, run_workers: Any
 ) -> None:
     """First a worker is killed in the middle of an epoch, then the job's driver; both with SIGKILL."""
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -191,9 +184,7 @@ def test_a_run_whose_worker_and_driver_were_killed_ends_as_one_that_was_not(
     assert steps == set(range(1, 101))
 
     config = json.loads(storage.read_bytes(run_file))["config"]
-    script = tmp_path / "bare.py"
-    script.write_text(BARE_SCRIPT.format(config=config, dataset=dataset))
-    expected = run_workers(str(script))[0]
+    expected = run_workers(__file__, dataset=dataset, config=config)[0]
     result = load(storage.read_bytes(storage.join(folder, "model", "model.safetensors")))
     for name, tensor in expected.items():
         assert tensor.equal(result[name]), name

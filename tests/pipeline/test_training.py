@@ -99,36 +99,19 @@ def test_a_run_that_begins_with_denoising_goes_on_with_the_bound(digits: Digits,
             assert torch.equal(step, -before.grad[sure].sign())
 
 
-WORKER_SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from infusion_core.noise import GeneratorNoise
-from pipeline.manifest import Manifest
-from pipeline.training import TrainConfig, Training, Worker
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + folder + "/rendezvous", rank=rank, world_size=2)
-spec = torch.load({spec!r})
-manifest = Manifest.load(spec["dataset"])
-training = Training(TrainConfig.from_json(spec["config"]), spec["dataset"], manifest, Worker(rank, 2))
-training.model.train()
-for step, images in enumerate(spec["batches"]):
-    training.train_step(images.chunk(2)[rank], GeneratorNoise.from_seed(step, rank))
-torch.save(training.model.state_dict(), folder + f"/{{rank}}.pt")
-dist.destroy_process_group()
-"""
+def worker(rank: int, dataset: str, config: dict, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What one of two processes ends with after a step on its half of each batch."""
+    training = Training(TrainConfig.from_json(config), dataset, Manifest.load(dataset), Worker(rank, 2))
+    training.model.train()
+    for step, images in enumerate(batches):
+        training.train_step(images.chunk(2)[rank], GeneratorNoise.from_seed(step, rank))
+    return training.model.state_dict()
 
 
-def test_two_workers_take_the_steps_of_one(digits: Digits, tmp_path: Path, run_workers) -> None:
+def test_two_workers_take_the_steps_of_one(digits: Digits, run_workers) -> None:
     dataset, manifest = digits
     batches = load_rows(dataset, manifest, "train", 0, 3 * 128).split(128)
-    spec = tmp_path / "spec.pt"
-    torch.save({"config": CONFIG.to_json(), "dataset": dataset, "batches": batches}, spec)
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER_SCRIPT.format(spec=str(spec)))
-    ranks = run_workers(str(script))
+    ranks = run_workers(__file__, dataset=dataset, config=CONFIG.to_json(), batches=list(batches))
 
     alone = Training(CONFIG, dataset, manifest)
     alone.model.train()
