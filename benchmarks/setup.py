@@ -39,6 +39,7 @@ def short(epochs: int, num_steps: int = 15) -> TrainConfig:
     return dataclasses.replace(
         config,
         epochs=epochs,
+        parzen_bandwidth=None,
         global_batch=BATCH,
         statistics_images=BATCH,
         model=dataclasses.replace(config.model, num_steps=num_steps),

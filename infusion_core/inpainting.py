@@ -12,7 +12,8 @@ from torch import Tensor
 from infusion_core.chain import sampling_chain
 from infusion_core.errors import InfusionError
 from infusion_core.model import InfusionModel
-from infusion_core.noise import GeneratorNoise
+from infusion_core.noise import GeneratorNoise, Noise
+from infusion_core.sampling import SAMPLES_PER_BATCH
 
 
 @torch.no_grad()
@@ -54,13 +55,25 @@ def inpaint(
             f"the mask must be boolean and of one of the shapes {', '.join(map(str, fitting))}, "
             f"not {known.dtype} and {tuple(known.shape)}"
         )
-    target = images.repeat_interleave(num_completions, 0)
-    mask = known.expand(images.shape).repeat_interleave(num_completions, 0)
+    batch = max(SAMPLES_PER_BATCH // num_completions, 1)
+    completed = [
+        _complete(
+            model,
+            some.repeat_interleave(num_completions, 0),
+            mask.repeat_interleave(num_completions, 0),
+            num_steps,
+            GeneratorNoise.from_seed(seed, number, device=images.device),
+        )
+        for number, (some, mask) in enumerate(
+            zip(images.split(batch), known.expand(images.shape).split(batch), strict=True)
+        )
+    ]
+    return torch.cat(completed).view(len(images), num_completions, *config.state_shape)
 
+
+def _complete(model: InfusionModel, target: Tensor, known: Tensor, num_steps: int, noise: Noise) -> Tensor:
     def clamp(state: Tensor) -> Tensor:
-        return torch.where(mask, target, state)
+        return torch.where(known, target, state)
 
-    noise = GeneratorNoise.from_seed(seed, device=images.device)
     chain = sampling_chain(model.prior, model.operator, num_steps, len(target), noise, clamp=clamp)
-    completed = clamp(deque(chain, maxlen=1).pop().transition.mean)
-    return completed.view(len(images), num_completions, *config.state_shape)
+    return clamp(deque(chain, maxlen=1).pop().transition.mean)

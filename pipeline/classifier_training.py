@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from infusion_core.noise import derive_seed
 from pipeline import registry, storage, tracking
 from pipeline.classifier import Classifier, ClassifierConfig, classifier_name, register
+from pipeline.devices import local_device
 from pipeline.errors import UserError
 from pipeline.manifest import SPLITS, Manifest
 from pipeline.progress import Progress
@@ -111,7 +112,7 @@ def train_classifier(
     tracking.check_reachable()
     manifest = Manifest.load(dataset)
     splits = load_labelled(dataset, manifest)
-    classifier = new_classifier(manifest, config.seed).to("cuda" if use_gpu else "cpu")
+    classifier = new_classifier(manifest, config.seed).to(local_device(use_gpu))
     name = classifier_name(manifest.name)
     params = {**asdict(config), **classifier.config.to_json(), "dataset": dataset}
     with tracking.owned_run(

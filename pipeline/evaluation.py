@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
-import torch
-
 from infusion_core.noise import GeneratorNoise, derive_seed
 from pipeline import model_package, registry, storage, tracking
+from pipeline.devices import local_device
 from pipeline.errors import UserError
 from pipeline.image_judging import Judging
 from pipeline.judges import JUDGES, JudgeConfig, Subject, check_asked, gaussian, lower_bound
@@ -133,7 +132,7 @@ def evaluate(
     manifest = Manifest.load(dataset)
     registered = registry.find(model_uri)
     # Several workers have devices of their own, and need this process's for nothing.
-    device = torch.device("cuda" if workers.use_gpu and workers.num_workers == 1 else "cpu")
+    device = local_device(workers.use_gpu and workers.num_workers == 1)
     model = model_package.load(registered).to(device)
     check_images(model.config, dataset, manifest)
     with Progress("estimate statistics", manifest.rows("train"), "images") as progress:
@@ -143,17 +142,6 @@ def evaluate(
         batches = _counted(images.batches(batch_size, config.seed, _Stream.STATISTICS_ORDER), len, progress)
         noise = GeneratorNoise.from_seed(config.seed, _Stream.STATISTICS_NOISE, device=device)
         estimate_statistics(model, batches, noise)
-    judging = Judging(
-        model.eval(),
-        f"{registered.uri} of run {registered.run_id}, seed {config.seed}, code {tracking.git_commit()}",
-        dataset,
-        manifest,
-        workers.num_workers,
-        workers.threads_per_worker,
-        workers.use_gpu,
-        workers.partial_results,
-    )
-    subject = Subject(judging, config, derive_seed((config.seed, _Stream.SPLIT)))
     run = TrackedRun.of(registered.run_id)
     path = record_path(manifest.name, config.split)
     new = EvaluationRecord(
@@ -163,12 +151,23 @@ def evaluate(
         split=config.split,
         measurements=(),
     )
-    for judge in (lower_bound, gaussian, *(JUDGES[name] for name in judges)):
-        measured = [replace(m, seed=config.seed, commit=tracking.git_commit()) for m in judge(subject)]
-        new = new.with_measurements(measured)
-        # Kept one by one, should a later judge fail or be interrupted, and beside what others have kept meanwhile.
-        whole = replace(new, measurements=_kept(run, path, new)).with_measurements(new.measurements)
-        run.log_file(path, whole.to_json().encode())
+    with Judging(
+        model.eval(),
+        f"{registered.uri} of run {registered.run_id}, seed {config.seed}, code {tracking.git_commit()}",
+        dataset,
+        manifest,
+        workers.num_workers,
+        workers.threads_per_worker,
+        workers.use_gpu,
+        workers.partial_results,
+    ) as judging:
+        subject = Subject(judging, config, derive_seed((config.seed, _Stream.SPLIT)))
+        for judge in (lower_bound, gaussian, *(JUDGES[name] for name in judges)):
+            measured = [replace(m, seed=config.seed, commit=tracking.git_commit()) for m in judge(subject)]
+            new = new.with_measurements(measured)
+            # Kept one by one, should a later judge fail or be interrupted, and beside what others have kept meanwhile.
+            whole = replace(new, measurements=_kept(run, path, new)).with_measurements(new.measurements)
+            run.log_file(path, whole.to_json().encode())
     _log(new, registered, run, manifest)
     return _result(new, run, path)
 

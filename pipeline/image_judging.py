@@ -10,8 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +46,7 @@ class ImageJudge(Protocol):
 
 @dataclass(frozen=True)
 class Judging:
-    """Who judges which images.
+    """Who judges which images. Used as a context manager, it ends the Ray workers that it has started.
 
     Attributes:
         model: in evaluation mode; where there is one worker, on the device to work on.
@@ -68,6 +67,18 @@ class Judging:
     threads_per_worker: int = 1
     use_gpu: bool = False
     partial_results: str | None = None
+    _actors: list[Any] = field(default_factory=list, init=False, repr=False)
+
+    def __enter__(self) -> "Judging":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._actors:
+            import ray
+
+            for actor in self._actors:
+                ray.kill(actor)
+            self._actors.clear()
 
     def run(self, title: str, judge: ImageJudge, split: str, images: int | None = None) -> Figures:
         """Judges the first `images` images of a split, or all of it.
@@ -95,9 +106,9 @@ class Judging:
             return unit * judge.images_per_unit, min((unit + 1) * judge.images_per_unit, rows)
 
         done = sum(bounds(unit)[1] - bounds(unit)[0] for unit in results)
-        with Progress(title, rows, "images", done=done) as progress, ExitStack() as stack:
+        with Progress(title, rows, "images", done=done) as progress:
             work = self._in_process if self.num_workers == 1 else self._on_ray
-            for unit, figures in work(stack, judge, split, [(unit, *bounds(unit)) for unit in todo]):
+            for unit, figures in work(judge, split, [(unit, *bounds(unit)) for unit in todo]):
                 results[unit] = figures
                 if folder is not None:
                     storage.write_bytes(_unit_file(folder, unit, rows), save_tensors(figures))
@@ -114,21 +125,38 @@ class Judging:
         return storage.join(self.partial_results, digest)
 
     def _in_process(
-        self, stack: ExitStack, judge: ImageJudge, split: str, units: list[tuple[int, int, int]]
+        self, judge: ImageJudge, split: str, units: list[tuple[int, int, int]]
     ) -> Iterator[tuple[int, Figures]]:
-        del stack
         worker = _Worker(self.model, self.dataset, self.manifest)
         for unit in units:
             yield unit[0], worker.judge(judge, split, *unit)
 
     def _on_ray(
-        self, stack: ExitStack, judge: ImageJudge, split: str, units: list[tuple[int, int, int]]
+        self, judge: ImageJudge, split: str, units: list[tuple[int, int, int]]
     ) -> Iterator[tuple[int, Figures]]:
         if not units:
             return
-        import ray
         from ray.exceptions import RayActorError, RayTaskError
         from ray.util import ActorPool
+
+        if not self._actors:
+            self._actors.extend(self._start_actors())
+
+        def judge_unit(actor: Any, unit: tuple[int, int, int]) -> Any:
+            return actor.judge.remote(judge, split, *unit)
+
+        try:
+            yield from ActorPool(self._actors).map_unordered(judge_unit, units)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError | InfusionError):
+                raise type(error.cause)(*error.cause.args) from error
+            raise
+        except RayActorError as error:
+            kept = "; what is finished is kept, start it again to go on" if self.partial_results else ""
+            raise UserError(f"a worker died while judging the {split} split{kept}: {error.error_msg:.200}") from error
+
+    def _start_actors(self) -> list[Any]:
+        import ray
 
         from pipeline import cluster
 
@@ -138,25 +166,10 @@ class Judging:
         cluster.check_capacity(self.num_workers, per_worker)
         remote = ray.remote(num_cpus=per_worker["CPU"], num_gpus=per_worker["GPU"])(_RayWorker)
         model = ray.put(self.model)
-        actors: list[Any] = [
+        return [
             remote.remote(model, self.dataset, self.manifest, self.threads_per_worker, self.use_gpu)
-            for _ in range(min(self.num_workers, len(units)))
+            for _ in range(self.num_workers)
         ]
-        for actor in actors:
-            stack.callback(ray.kill, actor)
-
-        def judge_unit(actor: Any, unit: tuple[int, int, int]) -> Any:
-            return actor.judge.remote(judge, split, *unit)
-
-        try:
-            yield from ActorPool(actors).map_unordered(judge_unit, units)
-        except RayTaskError as error:
-            if isinstance(error.cause, UserError | InfusionError):
-                raise type(error.cause)(*error.cause.args) from error
-            raise
-        except RayActorError as error:
-            kept = "; what is finished is kept, start it again to go on" if self.partial_results else ""
-            raise UserError(f"a worker died while judging the {split} split{kept}: {error.error_msg:.200}") from error
 
 
 def _kept(file: str) -> Figures | None:

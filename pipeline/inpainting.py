@@ -14,6 +14,7 @@ from torch import Tensor
 from infusion_core.inpainting import inpaint
 from infusion_core.pixels import quantise
 from pipeline import model_package, registry, storage, tracking
+from pipeline.devices import local_device
 from pipeline.errors import UserError
 from pipeline.figures import inpainting_picture, png
 from pipeline.manifest import Manifest
@@ -81,7 +82,7 @@ def inpaint_images(
     tracking.check_reachable()
     manifest = Manifest.load(dataset)
     registered = registry.find(model_uri)
-    model = model_package.load(registered).to("cuda" if use_gpu else "cpu")
+    model = model_package.load(registered).to(local_device(use_gpu))
     config = model.config
     check_images(config, dataset, manifest)
     available = manifest.rows(split)

@@ -144,7 +144,7 @@ def gather(spec: str) -> ReportedRun:
     with tracking.mlflow_errors(f"read the metrics and artifacts of run {run_id}"):
         versions = client.search_model_versions(f"run_id = '{run_id}'")
         rows: dict[int, dict[str, float]] = defaultdict(dict)
-        for metric in ("train/objective", "valid/lower_bound"):
+        for metric in ("train/objective", "valid/lower_bound", "valid/parzen"):
             for point in client.get_metric_history(run_id, metric):
                 rows[point.step][metric] = point.value
         paths = [file.path for file in client.list_artifacts(run_id, "evaluation")]
@@ -310,11 +310,11 @@ def comparison(reported: Sequence[ReportedRun], seed: int) -> Section:
     """
     rows = []
     curves: dict[str, dict[str, dict[str, list[tuple[float, float]]]]] = defaultdict(lambda: defaultdict(dict))
-    for run in reported:
+    for run in sorted(reported, key=_rates):
         params = run.run.data.params
         bounds = [(row["epoch"], row["valid/lower_bound"]) for row in run.history if "valid/lower_bound" in row]
         tests = [m for record in run.records if record.split == "test" and (m := record.find("lower_bound"))]
-        increment, initial = float(params["rate_increment"]), float(params["initial_rate"])
+        increment, initial = _rates(run)
         rows.append(
             (
                 False,
@@ -349,6 +349,12 @@ def comparison(reported: Sequence[ReportedRun], seed: int) -> Section:
     header = ("run", "T", "α⁽⁰⁾", "ω", "best validation bound", "test bound", "variance floor")
     note = "Nats per image; bounds of different variance floors do not compare."
     return Section("Runs side by side", tables=[Table("Bounds", note, header, rows)], pictures=pictures)
+
+
+def _rates(reported: ReportedRun) -> tuple[float, float]:
+    """Returns rate increment and initial rate."""
+    params = reported.run.data.params
+    return float(params["rate_increment"]), float(params["initial_rate"])
 
 
 def _schedules(reported: Sequence[ReportedRun], seed: int) -> list[Picture]:

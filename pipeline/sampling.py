@@ -11,6 +11,7 @@ from infusion_core.model import ModelConfig
 from infusion_core.noise import GeneratorNoise
 from infusion_core.sampling import LastStep, sample_batches
 from pipeline import model_package, registry, storage, tracking
+from pipeline.devices import local_device
 from pipeline.figures import neighbours_picture, png, samples_picture, sampling_chains_picture
 from pipeline.manifest import Manifest
 from pipeline.nearest_neighbours import nearest_neighbours
@@ -81,7 +82,7 @@ def sample(
     storage.check_reachable(destination)
     tracking.check_reachable()
     registered = registry.find(model_uri)
-    model = model_package.load(registered).to("cuda" if use_gpu else "cpu")
+    model = model_package.load(registered).to(local_device(use_gpu))
     steps = model.config.num_steps if num_steps is None else num_steps
     batches = sample_batches(model, num_samples, seed, num_steps=steps, last_step=last_step)
     with Progress("sample", num_samples, "samples") as progress:

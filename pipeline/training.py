@@ -31,13 +31,18 @@ from infusion_core.noise import GeneratorNoise, Noise, derive_seed
 from infusion_core.normalization import collect_statistics
 from infusion_core.objective import OBJECTIVES, Objective, ObjectiveName
 from infusion_core.operator import TransitionOperator
+from infusion_core.parzen import parzen_estimate
 from infusion_core.pixels import bits_per_dimension, dequantise, fit_to_pixels
+from infusion_core.sampling import sample_batches
 from pipeline.bound_evaluation import CHUNK_IMAGES, BoundSums, Chunk, chunk_share, load_chunks, sum_bound
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
+from pipeline.shards import load_rows
 from pipeline.training_images import TrainingImages, open_training_images
 
 RESIDENT_VALIDATION_BYTES = 512 * 2**20
+PARZEN_IMAGES = 1000
+PARZEN_SAMPLES = 10_000
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -60,6 +65,8 @@ class TrainConfig:
         precision: of matrix products: float32, tf32 (on GPUs that have it), or bfloat16.
         validate_every: epochs between two validations; each makes a checkpoint.
         figures_every: epochs between two sets of pictures; rounded up to a validation.
+        parzen_bandwidth: σ of the Parzen-window estimate that is made of validation images with every set of pictures;
+            none by default.
         statistics_images: training images that batch statistics are estimated from before a validation; the final
             model's are estimated from all whole batches.
 
@@ -78,14 +85,17 @@ class TrainConfig:
     precision: Precision = "float32"
     validate_every: int = 1
     figures_every: int = 5
+    parzen_bandwidth: float | None = None
     statistics_images: int = 5120
 
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "validate_every", "figures_every", "statistics_images"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise UserError(f"learning_rate must be positive, not {self.learning_rate}")
+        for name in ("learning_rate", "parzen_bandwidth"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} must be positive, not {value}")
         for name in ("seed", "denoising_epochs"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, as {getattr(self, name)} is")
@@ -142,6 +152,7 @@ class _Stream(IntEnum):
     STATISTICS_NOISE = 4
     VALIDATION = 5
     PICTURES = 6
+    PARZEN = 7
 
 
 def check_fit(config: TrainConfig, dataset: str, manifest: Manifest, world_size: int) -> None:
@@ -252,8 +263,11 @@ class Training:
                 if bound.mean > self.best_bound:
                     self.best_bound, self.best_epoch = bound.mean, self.epoch
                     self._best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            pictures_due = validated and self._pictures_due(last)
+            if pictures_due and self.config.parzen_bandwidth is not None and self.worker.rank == 0:
+                metrics["valid/parzen"] = self.parzen(self.config.parzen_bandwidth)
             self.history.append({"epoch": self.epoch, **metrics})
-            yield EpochReport(self.epoch, metrics, validated, validated and self._pictures_due(last))
+            yield EpochReport(self.epoch, metrics, validated, pictures_due)
 
     def finish(self) -> BoundSums:
         """Makes `model` the best one that was validated, with statistics of the whole training split.
@@ -332,6 +346,16 @@ class Training:
         with self._autocast():
             sums = sum_bound(self.model, self._validation_chunks(), seed)
         return BoundSums(_all_reduced(sums.values.to(self.worker.device)).cpu())
+
+    def parzen(self, bandwidth: float) -> float:
+        """Returns the Parzen-window estimate of the first validation images, by means of the last step (Figure 3)."""
+        self.model.eval()
+        seed, device = derive_seed((self.config.seed, _Stream.PARZEN)), self.worker.device
+        rows = min(PARZEN_IMAGES, self.manifest.rows("valid"))
+        images = load_rows(self.dataset, self.manifest, "valid", 0, rows).to(device)
+        examples = dequantise(images, self.manifest.levels, GeneratorNoise.from_seed(seed, device=device))
+        samples = (batch.clamp(0, 1) for batch in sample_batches(self.model, PARZEN_SAMPLES, seed))
+        return parzen_estimate(examples, samples, bandwidth).mean
 
     def _validation_chunks(self) -> Iterable[Chunk]:
         """Returns this worker's chunks of the validation split, read once if they are small enough to keep."""

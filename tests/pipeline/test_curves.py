@@ -13,6 +13,9 @@ def test_curves_and_png() -> None:
     objective, bound = (panel.lines[0].get_xydata().tolist() for panel in figure.axes)
     assert objective == [[e, e] for e in range(6)]
     assert bound == [[e, 2] for e in (1, 3, 5)]
+    history[3]["valid/parzen"] = 7.0
+    *_, parzen = training_curves(history).axes
+    assert parzen.lines[0].get_xydata().tolist() == [[3, 7]]
     assert Image.open(io.BytesIO(figure_png(figure))).format == "PNG"
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import ray
 import torch
+from ray.exceptions import RayActorError
 
 from infusion_core.model import InfusionModel, ModelConfig
 from pipeline.image_judges import AnnealingJudge, BoundJudge, ImportanceJudge
@@ -35,13 +37,27 @@ def model(digits: Digits) -> InfusionModel:
 def test_figures_do_not_depend_on_the_number_of_workers(
     ray_cluster: str, client_env: Mapping[str, str], digits: Digits, model: InfusionModel, judge: ImageJudge
 ) -> None:
-    alone, shared = (
-        Judging(model, "model", *digits, num_workers=workers).run("test", judge, "test", 110) for workers in (1, 2)
-    )
+    alone = Judging(model, "model", *digits).run("test", judge, "test", 110)
+    with Judging(model, "model", *digits, num_workers=2) as judging:
+        shared = judging.run("test", judge, "test", 110)
     assert alone.keys() == shared.keys()
     for name, figure in alone.items():
         assert len(figure) == 110
         assert torch.equal(figure, shared[name])
+
+
+def test_workers_serve_one_judge_after_the_other_and_end(
+    ray_cluster: str, client_env: Mapping[str, str], digits: Digits, model: InfusionModel
+) -> None:
+    with Judging(model, "model", *digits, num_workers=2) as judging:
+        judging.run("test", BoundJudge(3), "test", 110)
+        workers = list(judging._actors)
+        judging.run("test", BoundJudge(4), "test", 110)
+        assert judging._actors == workers
+    assert len(workers) == 2
+    for worker in workers:
+        with pytest.raises(RayActorError):
+            ray.get(worker.judge.remote(BoundJudge(3), "test", 0, 0, 10))
 
 
 @dataclass(frozen=True)

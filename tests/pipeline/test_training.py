@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from infusion_core.model import InfusionModel, ModelConfig, save_model
 from infusion_core.noise import ConcatenatedNoise, GeneratorNoise
 from infusion_core.objective import OBJECTIVES, ObjectiveName
 from infusion_core.pixels import dequantise
+from infusion_core.sampling import sample_batches
 from pipeline.bound_evaluation import BoundSums, chunk_share, load_chunks, sum_bound, sum_log_prob
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
@@ -178,6 +180,29 @@ def test_streamed_images_train_as_well(digits: Digits) -> None:
     reports = list(training.epochs())
     assert reports[-1].metrics["train/images_seen"] == 2 * 10 * 128
     assert reports[-1].metrics["valid/lower_bound"] > -1000
+
+
+def test_parzen_estimates_stand_beside_the_bound_where_pictures_are_due(digits: Digits) -> None:
+    config = dataclasses.replace(CONFIG, epochs=6, validate_every=2, figures_every=4, parzen_bandwidth=0.2)
+    training = Training(config, *digits)
+    estimates = {}
+    for report in training.epochs():
+        if "valid/parzen" in report.metrics:
+            estimates[report.epoch] = report.metrics["valid/parzen"]
+    assert sorted(estimates) == [4, 6]
+    assert training.history[3]["valid/parzen"] == estimates[4]
+    # By brute force, from other samples and with other noise, at the last epoch.
+    samples = torch.cat(list(sample_batches(training.model.eval(), 10_000, 1))).clamp(0, 1).double()
+    images = load_rows(*digits, "valid", 0, digits[1].rows("valid"))
+    examples = dequantise(images, 17, GeneratorNoise.from_seed(1)).double()
+    distances = torch.cdist(examples.flatten(1), samples.flatten(1))
+    kernels = -distances.square() / (2 * 0.2**2) - 64 * math.log(0.2 * math.sqrt(2 * math.pi))
+    assert estimates[6] == pytest.approx((kernels.logsumexp(1) - math.log(10_000)).mean().item(), abs=1.0)
+    plain = Training(dataclasses.replace(config, parzen_bandwidth=None), *digits)
+    assert all("valid/parzen" not in report.metrics for report in plain.epochs())
+    assert torch.equal(
+        plain.model.state_dict()["operator.linears.0.weight"], tensors_of(training)["operator.linears.0.weight"]
+    )
 
 
 def test_bfloat16_stays_close_to_float32(digits: Digits) -> None:
