@@ -63,7 +63,7 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any], str]:
         choices = get_args(hint)
         return _choice(choices), "{" + ",".join(choices) + "}"
     if get_origin(hint) is tuple:
-        return _integers, "N,N,…"
+        return numbers(int), "N,N,…"
     return hint, {"int": "N", "float": "X"}.get(hint.__name__, "TEXT")
 
 
@@ -76,11 +76,33 @@ def _choice(choices: tuple[str, ...]) -> Callable[[str], str]:
     return parse
 
 
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of integers such as 28,28,1") from None
+def numbers(kind: type[int] | type[float]) -> Callable[[str], tuple[Any, ...]]:
+    """Returns what reads a list of numbers, such as `28,28,1`."""
+
+    def parse(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            what, example = ("integers", "28,28,1") if kind is int else ("numbers", "0.01,0.1")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of {what} such as {example}") from None
+
+    return parse
+
+
+def parse_values(text: str, hint: Any) -> tuple[Any, ...]:
+    """Returns the values of a list, each read as a field of that type is.
+
+    Raises:
+        ValueError: one of them cannot be read so.
+        argparse.ArgumentTypeError: likewise.
+    """
+    if hint is bool:
+        words = {"true": True, "false": False}
+        if unknown := [part for part in text.split(",") if part not in words]:
+            raise ValueError(f"{unknown[0]!r} is neither true nor false")
+        return tuple(words[part] for part in text.split(","))
+    parse, _ = _parser(hint)
+    return tuple(parse(part) for part in text.split(","))
 
 
 def _attribute_docs(config: type) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Writes the report of one or several training runs: one HTML page that opens from disk.
+"""Writes the report of training runs or searches: one HTML page that opens from disk.
 
     python -m jobs.report s3://infusion/reports/mnist models:/infusion-mnist@champion
 
@@ -21,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = job_parser("report", __doc__ or "")
     parser.add_argument("destination", help="folder to write report.html to")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="models:/NAME@ALIAS, models:/NAME/VERSION, or the id of an MLflow run"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, or the id of a training's or search's MLflow run",
     )
     parser.add_argument("--dataset", help="staged data set that pictures are drawn with (default: that of the run)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the pictures (default: 0)")

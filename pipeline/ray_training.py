@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray.train import (
@@ -110,8 +111,7 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
     Raises:
         UserError: something that the user can mend is wrong; nothing was started, or what there is can be resumed.
     """
-    if not _RUN_NAME.fullmatch(name):
-        raise UserError(f"{name!r} cannot be the name of a run; use letters, digits, '.', '_' and '-'")
+    check_name(name, "run")
     # Workers have another working directory than this process.
     dataset, store = storage.absolute(dataset), storage.absolute(store)
     for uri in (dataset, store):
@@ -120,7 +120,7 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
     manifest = Manifest.load(dataset)
     check_fit(config, dataset, manifest, resources.num_workers)
     folder = storage.join(store, name)
-    earlier = _read_json(storage.join(folder, _RUN_FILE))
+    earlier = read_json(storage.join(folder, _RUN_FILE))
     if earlier is not None:
         _check_same(earlier, config, manifest, name)
         if "result" in earlier:
@@ -153,11 +153,21 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
         }
         run.log_file("config.json", _json({**record, "resources": asdict(resources)}))
         run.log_file("manifest.json", manifest.to_json().encode())
-        storage.write_bytes(storage.join(folder, _RUN_FILE), _json(record))
+        write_json(storage.join(folder, _RUN_FILE), record)
         _fit(config, dataset, store, name, resources, run)
-        result = _register(config, manifest, folder, name, run)
-        storage.write_bytes(storage.join(folder, _RUN_FILE), _json({**record, "result": asdict(result)}))
+        result = register(config, manifest, folder, name, run)
+        write_json(storage.join(folder, _RUN_FILE), {**record, "result": asdict(result)})
     return result
+
+
+def check_name(name: str, what: str) -> None:
+    """Checks that a folder can be called by a name.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _RUN_NAME.fullmatch(name):
+        raise UserError(f"{name!r} cannot be the name of a {what}; use letters, digits, '.', '_' and '-'")
 
 
 def flat(config: TrainConfig) -> dict[str, object]:
@@ -222,8 +232,25 @@ def _read_model(folder: str) -> InfusionModel:
         return load_model(Path(temporary))
 
 
-def _register(config: TrainConfig, manifest: Manifest, folder: str, name: str, run: TrackedRun) -> TrainResult:
-    outcome = _read_json(storage.join(folder, OUTCOME_FILE))
+def register(
+    config: TrainConfig,
+    manifest: Manifest,
+    folder: str,
+    name: str,
+    run: TrackedRun,
+    lineage: Mapping[str, str] = MappingProxyType({}),
+) -> TrainResult:
+    """Registers the model that a finished training left in its folder as `challenger`.
+
+    Args:
+        config: what was computed.
+        manifest: of the data set.
+        folder: of the training.
+        name: of the training.
+        run: its MLflow run.
+        lineage: further tags of the registered version.
+    """
+    outcome = read_json(storage.join(folder, OUTCOME_FILE))
     assert outcome is not None, "the workers write the outcome before they end"
     bound, bits = (outcome["metrics"][f"valid/{metric}"] for metric in ("lower_bound", "bits_per_dimension"))
     run.log_file("curves.png", figure_png(training_curves(outcome["history"])))
@@ -238,6 +265,7 @@ def _register(config: TrainConfig, manifest: Manifest, folder: str, name: str, r
             "dataset_fingerprint": manifest.origin.fingerprint,
             "best_epoch": str(outcome["best_epoch"]),
             "run": name,
+            **lineage,
         },
     )
     rates = sorted(epoch["throughput/train_images_per_second"] for epoch in outcome["history"])
@@ -255,12 +283,18 @@ def _register(config: TrainConfig, manifest: Manifest, folder: str, name: str, r
     )
 
 
-def _read_json(uri: str) -> dict[str, Any] | None:
+def read_json(uri: str) -> dict[str, Any] | None:
+    """Returns what a JSON file holds, or `None` if there is none."""
     try:
         content: dict[str, Any] = json.loads(storage.read_bytes(uri))
     except FileNotFoundError:
         return None
     return content
+
+
+def write_json(uri: str, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file."""
+    storage.write_bytes(uri, _json(content))
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

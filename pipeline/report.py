@@ -1,4 +1,4 @@
-"""The report of one or several training runs: what was measured, beside the paper, and what it looks like.
+"""The report of one or several training runs and searches: what was measured, beside the paper, and what it looks like.
 
 All of it is read from MLflow (parameters, curves, records of evaluations, pictures) and drawn from the registered model
 and the staged data set, and put on one page that opens from disk (`pipeline.report_page`).
@@ -39,7 +39,8 @@ from pipeline.measurements import EvaluationRecord, Measurement
 from pipeline.nearest_neighbours import nearest_neighbours
 from pipeline.paper import TABLES, PaperTable
 from pipeline.registry import RegisteredModel
-from pipeline.report_page import NOT_MEASURED, Listing, Picture, Section, Table, render
+from pipeline.report_page import NOT_MEASURED, Listing, Picture, Section, Table, number, render, setting
+from pipeline.search_report import gather_search, search_sections
 from pipeline.shards import load_rows
 from pipeline.tracking import TrackedRun
 from pipeline.training import check_images
@@ -104,7 +105,8 @@ def report(runs: Sequence[str], destination: str, *, dataset: str | None = None,
     """Writes `report.html`, and logs it to the first run.
 
     Args:
-        runs: ids of MLflow runs, or models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`) that they registered.
+        runs: ids of MLflow runs, of trainings or of searches, or models (`models:/NAME@ALIAS`, `models:/NAME/VERSION`)
+            that trainings registered.
         destination: folder to write to, on S3 or local.
         dataset: address of the staged data set that pictures are drawn with; that of each run by default.
         seed: of the pictures.
@@ -114,17 +116,21 @@ def report(runs: Sequence[str], destination: str, *, dataset: str | None = None,
     """
     storage.check_reachable(destination)
     tracking.check_reachable()
-    reported = [gather(spec) for spec in runs]
-    sections = [section for run in reported for section in run_sections(run, dataset, seed)]
+    searches = [search for spec in runs if (search := gather_search(spec)) is not None]
+    searched = {search.tracked.run_id for search in searches}
+    reported = [gather(spec) for spec in runs if spec not in searched]
+    sections = [section for search in searches for section in search_sections(search)]
     if len(reported) > 1:
-        sections = [comparison(reported, seed), *sections]
-    names = ", ".join(run.name for run in reported)
+        sections.append(comparison(reported, seed))
+    sections += [section for run in reported for section in run_sections(run, dataset, seed)]
+    owner = (searches + reported)[0]
+    names = ", ".join(each.name for each in searches + reported)
     lead = f"Infusion training of {names}; written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC."
     page = render(f"Report: {names}", lead, sections).encode()
     address = storage.join(destination, REPORT_FILE)
     storage.write_bytes(address, page)
-    reported[0].tracked.log_file(REPORT_FILE, page)
-    return ReportResult(address, reported[0].tracked.uri, len(reported))
+    owner.tracked.log_file(REPORT_FILE, page)
+    return ReportResult(address, owner.tracked.uri, len(runs))
 
 
 def gather(spec: str) -> ReportedRun:
@@ -140,7 +146,9 @@ def gather(spec: str) -> ReportedRun:
     tracked = TrackedRun.of(run_id)
     config, manifest = tracked.read_file("config.json"), tracked.read_file("manifest.json")
     if config is None or manifest is None:
-        raise UserError(f"run {tracked.uri} is not that of a training: it has no config.json; name a run of jobs.train")
+        raise UserError(
+            f"run {tracked.uri} is not that of a training: it has no config.json; name a run of jobs.train or jobs.tune"
+        )
     with tracking.mlflow_errors(f"read the metrics and artifacts of run {run_id}"):
         versions = client.search_model_versions(f"run_id = '{run_id}'")
         rows: dict[int, dict[str, float]] = defaultdict(dict)
@@ -228,11 +236,11 @@ def measured(record: EvaluationRecord) -> Table:
             [
                 measurement.name,
                 _figure(measurement),
-                _number(measurement.details.get("bits_per_dimension")),
-                _setting(measurement.details.get("variance_floor")),
-                _setting(measurement.details.get("output_variance")),
+                number(measurement.details.get("bits_per_dimension")),
+                setting(measurement.details.get("variance_floor")),
+                setting(measurement.details.get("output_variance")),
                 f"{measurement.images:,}",
-                _number(measurement.details.get("real_data")),
+                number(measurement.details.get("real_data")),
             ],
         )
         for measurement in record.measurements
@@ -261,15 +269,15 @@ def repetitions(record: EvaluationRecord) -> list[Table]:
                 str(row["estimate"]).replace("_", " "),
                 str(row["split"]),
                 f"{row['images']:,}",
-                f"{_number(row['mean'])} ± {_number(row['deviation'])}",
+                f"{number(row['mean'])} ± {number(row['deviation'])}",
             ],
         )
         for row in details["rows"]
     ]
     note = (
         f"Mean and standard deviation over {details['repetitions']} repetitions with new noise; importance sampling "
-        f"with k = {details['num_chains']:,}; variance floor {_setting(details['variance_floor'])}, or output variance "
-        f"{_setting(details['output_variance'])} where isotropic. Nats per image."
+        f"with k = {details['num_chains']:,}; variance floor {setting(details['variance_floor'])}, or output variance "
+        f"{setting(details['output_variance'])} where isotropic. Nats per image."
     )
     return [Table("Table 2's protocol", note, ("estimate", "split", "images", "mean"), rows)]
 
@@ -291,7 +299,7 @@ def beside_the_paper(table: PaperTable, data: str, measurements: Sequence[Measur
             [
                 f"this run on {data}: {measurement.name}",
                 _figure(measurement),
-                _setting(measurement.details.get("variance_floor")),
+                setting(measurement.details.get("variance_floor")),
                 f"{measurement.images:,}",
             ],
         )
@@ -321,11 +329,11 @@ def comparison(reported: Sequence[ReportedRun], seed: int) -> Section:
                 [
                     run.name,
                     params["num_steps"],
-                    _setting(initial),
-                    _setting(increment),
-                    _number(max((bound for _, bound in bounds), default=None)),
+                    setting(initial),
+                    setting(increment),
+                    number(max((bound for _, bound in bounds), default=None)),
                     _figure(tests[0]) if tests else NOT_MEASURED,
-                    _setting(float(params["variance_floor"])),
+                    setting(float(params["variance_floor"])),
                 ],
             )
         )
@@ -448,21 +456,8 @@ def _logged(run: TrackedRun, kind: str) -> dict[str, Image.Image]:
 def _figure(measurement: Measurement) -> str:
     """Returns a figure with its standard error, to as many digits as the error leaves."""
     if measurement.standard_error is None:
-        return _number(measurement.value)
-    return f"{_number(measurement.value)} ± {_number(measurement.standard_error)}"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    if value == 0 or 1e-2 <= abs(value) < 1e6:
-        return f"{value:,.2f}"
-    return f"{value:.1e}"
-
-
-def _setting(value: float | None) -> str:
-    """Returns what was set or chosen, a rate or a variance, to three significant digits."""
-    return "" if value is None else f"{value:.3g}"
+        return number(measurement.value)
+    return f"{number(measurement.value)} ± {number(measurement.standard_error)}"
 
 
 def _without_long_lists(text: str) -> str:

@@ -160,3 +160,17 @@ def _picture(picture: Picture) -> str:
         f'<div class="scroll"><img{kind} alt="{escape(picture.title)}" src="{source}"></div>\n'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
     )
+
+
+def number(value: float | None) -> str:
+    """Returns a figure to two digits after the point; nothing for `None`."""
+    if value is None:
+        return ""
+    if value == 0 or 1e-2 <= abs(value) < 1e6:
+        return f"{value:,.2f}"
+    return f"{value:.1e}"
+
+
+def setting(value: float | None) -> str:
+    """Returns what was set or chosen, a rate or a variance, to three significant digits."""
+    return "" if value is None else f"{value:.3g}"

@@ -16,7 +16,10 @@ import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 DONE = "done"
 
@@ -76,8 +79,25 @@ def main(run_id: str) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient()
-    if client.get_run(run_id).info.status == "RUNNING":
+    info = client.get_run(run_id).info
+    end_nested_runs(client, run_id, info.experiment_id)
+    if info.status == "RUNNING":
         client.set_terminated(run_id, status)
+
+
+def end_nested_runs(client: "MlflowClient", run_id: str, experiment_id: str) -> None:
+    """Ends as KILLED the runs below another one that have not ended."""
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'", page_token=token)
+        for run in page:
+            if run.info.status in ("SCHEDULED", "RUNNING"):
+                # It announces the run's address on standard output.
+                with contextlib.redirect_stdout(sys.stderr):
+                    client.set_terminated(run.info.run_id, "KILLED")
+        token = page.token
+        if not token:
+            return
 
 
 if __name__ == "__main__":

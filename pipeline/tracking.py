@@ -22,9 +22,10 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from pipeline.errors import UserError
-from pipeline.run_guard import RunGuard
+from pipeline.run_guard import RunGuard, end_nested_runs
 
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
@@ -186,14 +187,46 @@ def owned_run(
         finally:
             try:
                 # The client announces the run's address; standard output belongs to the job's result.
-                with mlflow_errors(f"end run {run.run_id} as {status}"), contextlib.redirect_stdout(sys.stderr):
-                    client.set_terminated(run.run_id, status)
+                with mlflow_errors(f"end run {run.run_id} as {status}"):
+                    end_nested_runs(client, run.run_id, run.experiment_id)
+                set_status(run, status)
                 guard.dismiss()
             except UserError:
                 guard.leave(status)
                 # Otherwise the error that is under way is the one to be seen.
                 if status == "FINISHED":
                     raise
+
+
+def nested_run(parent: TrackedRun, name: str, *, params: Mapping[str, object], tags: Mapping[str, str]) -> TrackedRun:
+    """Creates a run below another one, which has yet to begin; it ends with the other one at the latest.
+
+    Args:
+        parent: the other one, owned by this process.
+        name: the run's name.
+        params: written once.
+        tags: written once.
+    """
+    client = MlflowClient()
+    with mlflow_errors(f"create run {name}"):
+        run_id = client.create_run(
+            parent.experiment_id, run_name=name, tags={**tags, MLFLOW_PARENT_RUN_ID: parent.run_id}
+        ).info.run_id
+        client.update_run(run_id, status="SCHEDULED")
+    run = TrackedRun(run_id, parent.experiment_id)
+    _log_params(client, run, params)
+    return run
+
+
+def set_status(run: TrackedRun, status: str) -> None:
+    """Says that a run waits (SCHEDULED), runs (RUNNING) or has ended (FINISHED, FAILED, KILLED)."""
+    client = MlflowClient()
+    # The client announces the address of a run that ends; standard output belongs to the job's result.
+    with mlflow_errors(f"set run {run.run_id} to {status}"), contextlib.redirect_stdout(sys.stderr):
+        if status in ("SCHEDULED", "RUNNING"):
+            client.update_run(run.run_id, status=status)
+        else:
+            client.set_terminated(run.run_id, status)
 
 
 def _experiment_id(client: MlflowClient, name: str) -> str:

@@ -71,13 +71,13 @@ def train_worker(spec: dict[str, Any]) -> None:
             if not report.validated:
                 continue
             if chief:
-                _log(training, unlogged, spec["run"], report.pictures_due)
+                log_epochs(training, unlogged, spec["run"], report.pictures_due)
             unlogged.clear()
             _report(training, report, chief)
         bound = training.finish()
     if chief:
         metrics = bound_metrics("valid", bound, training.config.model)
-        _write_outcome(training, metrics, spec["folder"])
+        write_outcome(training, metrics, spec["folder"])
 
 
 def _with_progress(training: Training, label: str, chief: bool) -> Iterator[EpochReport]:
@@ -114,9 +114,17 @@ def _report(training: Training, report: EpochReport, chief: bool) -> None:
     )
 
 
-def _log(
+def log_epochs(
     training: Training, metrics: list[tuple[int, dict[str, float]]], run: Mapping[str, str], pictures_due: bool
 ) -> None:
+    """Logs the metrics of epochs to a run, and pictures of the current model if they are due.
+
+    Args:
+        training: the training.
+        metrics: by epoch.
+        run: the fields of a `TrackedRun`.
+        pictures_due: whether pictures are drawn.
+    """
     from pipeline.tracking import TrackedRun
 
     tracked = TrackedRun(**run)
@@ -163,7 +171,7 @@ def _system_metrics(run: Mapping[str, str], node: int, wanted: bool) -> Iterator
             monitor.mlflow_logger.flush()
 
 
-def _write_outcome(training: Training, metrics: Mapping[str, float], folder: str) -> None:
+def write_outcome(training: Training, metrics: Mapping[str, float], folder: str) -> None:
     """Writes the finished model and what there is to say of it into the run's folder."""
     with tempfile.TemporaryDirectory() as temporary:
         save_model(training.model, Path(temporary))

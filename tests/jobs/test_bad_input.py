@@ -15,7 +15,7 @@ from pipeline.manifest import Manifest
 from pipeline.staging import stage
 
 JOBS = (
-    *("stage", "train", "evaluate", "sample", "inpaint", "promote", "report", "train_classifier"),
+    *("stage", "train", "evaluate", "sample", "inpaint", "promote", "report", "train_classifier", "tune"),
     *("services", "demo"),
 )
 

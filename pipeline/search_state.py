@@ -1,0 +1,195 @@
+"""What a search knows of its trials: who is to train next, who has ended and how, kept so that it can be resumed.
+
+The state lies in the search's folder (`state.json`) and is written whenever a trial comes to a rung, begins or ends. A
+search that is resumed from it prunes as if it had not stopped: trials that were being trained go on from their
+checkpoints, which are never older than what is written here.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.successive_halving import Decision, HalvingConfig, SuccessiveHalving
+
+STATE_FILE = "state.json"
+TRIALS_FOLDER = "trials"
+_READ_ATTEMPTS = 10
+SAMPLES_FILE = "samples.png"
+SEARCH_TAG = "infusion.search"
+"""Tag of a search's MLflow run: the search's name."""
+
+Status = Literal["pending", "running", "waiting", "pruned", "finished", "failed"]
+ENDED = ("pruned", "finished", "failed")
+
+
+@dataclass
+class Trial:
+    """What is known of a trial.
+
+    Attributes:
+        status: pending (not begun), running, waiting at a rung, pruned, finished (trained in full) or failed.
+        epoch: how many epochs it has been trained for.
+        bound: the last validation lower bound, nats per image; `None` before the first.
+        best_bound: the best one.
+        seconds: for how long it has been trained, as far as is known.
+        deaths: how often its processes died.
+        reason: why it failed, or where it was pruned.
+    """
+
+    status: Status = "pending"
+    epoch: int = 0
+    bound: float | None = None
+    best_bound: float | None = None
+    seconds: float = 0.0
+    deaths: int = 0
+    reason: str = ""
+
+
+@dataclass
+class SearchState:
+    """The state of a search.
+
+    Attributes:
+        folder: the search's folder.
+        halving: its rungs.
+        epochs: of a whole training.
+        trials: by name, in the grid's order.
+    """
+
+    folder: str
+    halving: SuccessiveHalving
+    epochs: int
+    trials: dict[str, Trial]
+    _interrupted: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int) -> "SearchState":
+        """Returns the state that was kept in a folder, or a new one.
+
+        Raises:
+            UserError: a trial of so few epochs cannot be compared as told, or the folder cannot be read.
+        """
+        trials = {name: Trial() for name in names}
+        state = cls(folder, SuccessiveHalving(config, list(trials), epochs), epochs, trials)
+        kept = read_state(folder)
+        if kept is None:
+            return state
+        state.halving.restore(kept["halving"])
+        for name, fields in kept["trials"].items():
+            state.trials[name] = Trial(**fields)
+        state._interrupted = [name for name, trial in state.trials.items() if trial.status == "running"]
+        return state
+
+    def save(self) -> None:
+        """Writes the state."""
+        trials = {name: asdict(trial) for name, trial in self.trials.items()}
+        content = {"written": time.time(), "halving": self.halving.to_json(), "trials": trials}
+        storage.write_bytes(storage.join(self.folder, STATE_FILE), json.dumps(content, indent=1).encode())
+
+    @property
+    def ended(self) -> bool:
+        """Whether no trial is left to be trained."""
+        return all(trial.status in ENDED for trial in self.trials.values())
+
+    def next(self) -> str | None:
+        """Returns the trial that a free slot should train, which runs from now on; `None` if there is none now."""
+        name = next(iter(self._interrupted), None)
+        if name is not None:
+            self._interrupted.remove(name)
+        else:
+            name = next((name for name, trial in self.trials.items() if trial.status == "pending"), None)
+        if name is None:
+            name = self.halving.promotable()
+            if name is None:
+                return None
+            self.halving.promote(name)
+        self.trials[name].status = "running"
+        return name
+
+    def report(self, name: str, epoch: int, bound: float, seconds: float) -> list[str]:
+        """Notes what a running trial reports after an epoch.
+
+        Returns:
+            The trials that have ended by it: this one, others that it has beaten, or none. The trial is to be trained
+            on as long as its status is running.
+        """
+        trial = self.trials[name]
+        trial.epoch, trial.bound = epoch, bound
+        trial.best_bound = bound if trial.best_bound is None else max(trial.best_bound, bound)
+        trial.seconds += seconds
+        if epoch >= self.epochs:
+            self._end(name, "finished")
+            return [name, *self._prune_beaten()]
+        decision = self.halving.report(name, epoch, bound)
+        if decision == Decision.WAIT:
+            trial.status = "waiting"
+        elif decision == Decision.STOP:
+            self._end(name, "pruned", f"after epoch {epoch}")
+        return [*([name] if decision == Decision.STOP else []), *self._prune_beaten()]
+
+    def fail(self, name: str, reason: str) -> list[str]:
+        """Notes that a trial has failed for good; returns the trials that have ended by it."""
+        self._end(name, "failed", reason)
+        return [name, *self._prune_beaten()]
+
+    def die(self, name: str, reason: str, max_deaths: int) -> list[str]:
+        """Notes that a running trial's processes died; it goes on from its checkpoint as soon as a slot is free.
+
+        Returns:
+            The trials that have ended by it, should it have died more often than `max_deaths` times.
+        """
+        trial = self.trials[name]
+        trial.deaths += 1
+        if trial.deaths > max_deaths:
+            return self.fail(name, f"its processes died {trial.deaths} times, the last time so: {reason}")
+        self._interrupted.append(name)
+        return []
+
+    def _end(self, name: str, status: Status, reason: str = "") -> None:
+        self.trials[name].status, self.trials[name].reason = status, reason
+        self.halving.end(name)
+
+    def _prune_beaten(self) -> list[str]:
+        beaten = self.halving.beaten()
+        for name in beaten:
+            self._end(name, "pruned", f"after epoch {self.trials[name].epoch}")
+        return beaten
+
+    def count(self, *statuses: Status) -> int:
+        """Returns how many trials are in one of these states."""
+        return sum(trial.status in statuses for trial in self.trials.values())
+
+    @property
+    def epochs_trained(self) -> int:
+        """Epochs that all trials have been trained for."""
+        return sum(trial.epoch for trial in self.trials.values())
+
+    @property
+    def epochs_saved(self) -> int:
+        """Epochs that trials which have ended were not trained for."""
+        return sum(self.epochs - trial.epoch for trial in self.trials.values() if trial.status in ENDED)
+
+    @property
+    def best(self) -> tuple[float, str] | None:
+        """The best validation bound so far, and the trial that has it."""
+        known = [(trial.best_bound, name) for name, trial in self.trials.items() if trial.best_bound is not None]
+        return max(known, default=None)
+
+
+def read_state(folder: str) -> Mapping[str, Any] | None:
+    """Returns what is kept of a search's state, for reports; `None` if there is nothing yet."""
+    address = storage.join(folder, STATE_FILE)
+    for _ in range(_READ_ATTEMPTS):
+        try:
+            content: dict[str, Any] = json.loads(storage.read_bytes(address))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            # It was replaced by a longer or shorter one between the question for its size and that for its content.
+            continue
+        return content
+    raise UserError(f"{address} is not JSON; it is damaged, or something else writes to it")

@@ -1,0 +1,196 @@
+"""Searches on a real cluster: how they end, what they leave, and that a killed one goes on as if it had not been."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from ray.util.state import list_actors, list_placement_groups
+
+from infusion_core.model import ModelConfig
+from pipeline import model_package, registry, sources, storage
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.report import report
+from pipeline.search import SEARCH_FILE, SearchResult, TrialResources, search
+from pipeline.search_grid import Grid, grid_points
+from pipeline.search_state import read_state
+from pipeline.staging import stage
+from pipeline.successive_halving import HalvingConfig
+from pipeline.training import TrainConfig, Training
+
+REPOSITORY = Path(__file__).parents[2]
+BASE = TrainConfig(
+    model=ModelConfig(
+        image_shape=(8, 8, 1), levels=17, num_steps=3, target_variance=2e-2, hidden_sizes=(32, 32), variance_floor=1e-3
+    ),
+    epochs=9,
+    global_batch=128,
+    learning_rate=2e-3,
+    figures_every=9,
+    parzen_bandwidth=0.2,
+)
+GRID = Grid((1, 3), (0.2,), (0.05, 0.3))
+HALVING = HalvingConfig(grace_epochs=1, reduction_factor=3)
+
+
+@pytest.fixture(scope="module")
+def dataset(client_env: Mapping[str, str]) -> str:
+    address = "s3://infusion/tests/tune/digits"
+    stage(sources.digits(), address)
+    return address
+
+
+def statuses(experiment: str, search_run: str) -> dict[str, str]:
+    """The status of every MLflow run below a search's."""
+    client = MlflowClient()
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    runs = client.search_runs([found.experiment_id], f"tags.`mlflow.parentRunId` = '{search_run}'")
+    return {str(run.info.run_name): run.info.status for run in runs}
+
+
+def run_id(result: SearchResult) -> str:
+    return result.mlflow_run.rpartition("/")[2]
+
+
+def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    points = grid_points(GRID, BASE)
+    # With one slot, nothing is promoted before all have come: which trials are trained how far is known beforehand.
+    one_slot = TrialResources(max_concurrent=1)
+    result = search(points, dataset, bucket_uri, "whole", HALVING, one_slot)
+    state = read_state(result.folder)
+    assert state is not None
+    by_status = {name: fields["status"] for name, fields in state["trials"].items()}
+    assert sorted(by_status.values()) == ["finished", "pruned", "pruned", "pruned", "pruned", "pruned"]
+    assert (result.finished, result.pruned, result.failed) == (1, 5, 0)
+    # Six for an epoch, two for three, one for nine.
+    assert result.epochs_trained == 6 * 1 + 2 * 2 + 1 * 6
+    assert result.epochs_of_full_grid == 54
+    ended = {"finished": "FINISHED", "pruned": "KILLED"}
+    assert statuses("infusion-digits", run_id(result)) == {name: ended[status] for name, status in by_status.items()}
+    # The winner is what the same training gives without Ray.
+    manifest = Manifest.load(dataset)
+    bare = Training(next(point.config for point in points if point.name == result.best), dataset, manifest)
+    bounds = {report.epoch: report.metrics["valid/lower_bound"] for report in bare.epochs()}
+    assert result.valid_lower_bound == pytest.approx(bare.finish().mean, rel=1e-6)
+    client = MlflowClient()
+    best_run = registry.find(result.challenger).run_id
+    history = client.get_metric_history(best_run, "valid/lower_bound")
+    assert {point.step: point.value for point in history} == pytest.approx(bounds, rel=1e-6)
+    assert client.get_run(best_run).data.params["num_steps"] == str(bare.config.model.num_steps)
+    registered = registry.find(result.model)
+    assert registered.tags["search"] == run_id(result)
+    assert model_package.load(registered).config == bare.config.model
+    # Pictures of all are kept, checkpoints and models of none but the best.
+    files = storage.list_files(storage.join(result.folder, "trials"))
+    for point in points:
+        own = [file for file in files if f"/{point.name}/" in file]
+        assert any(file.endswith("samples.png") for file in own)
+        assert any(file.endswith(".safetensors") for file in own) == (point.name == result.best)
+    events = [file for file in storage.list_files(result.tensorboard) if "tfevents" in file]
+    assert {name for name in by_status if any(f"/{name}/" in file for file in events)} == set(by_status)
+    # Asked again, it is done already; with another grid, it is refused.
+    assert search(points, dataset, bucket_uri, "whole", HALVING, one_slot, resume=True) == result
+    with pytest.raises(UserError, match=r"T3-constant-0\.3 is gone.*start a new search under another --name"):
+        search(points[:-1], dataset, bucket_uri, "whole", HALVING, one_slot, resume=True)
+    with pytest.raises(UserError, match="grace_epochs was 1 and is now 2"):
+        search(points, dataset, bucket_uri, "whole", HalvingConfig(grace_epochs=2), one_slot, resume=True)
+    page = report([run_id(result)], f"{bucket_uri}/report")
+    html = storage.read_bytes(page.report).decode()
+    assert all(point.name in html for point in points)
+    assert "Figure 6" in html
+    assert "Figure 7" in html
+
+
+class TestKilled:
+    """A search of which a trial's process is killed, then the driver, both with SIGKILL, and that is resumed."""
+
+    STORE = "s3://infusion/tests/tune"
+    ONE_SLOT = TrialResources(max_concurrent=1)
+
+    def test_it_ends_as_one_that_was_not(
+        self, ray_cluster: str, client_env: Mapping[str, str], dataset: str, tmp_path: Path
+    ) -> None:
+        points = grid_points(GRID, dataclasses.replace(BASE, epochs=27))
+        search(points, dataset, self.STORE, "undisturbed", HALVING, self.ONE_SLOT)
+        undisturbed = trials_of(f"{self.STORE}/undisturbed")
+        folder = f"{self.STORE}/killed"
+        command = [
+            *(sys.executable, "-m", "jobs.tune", dataset, "--runs", self.STORE, "--name", "killed", "--json"),
+            *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
+            *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", "27", "--validate-every", "1"),
+            *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
+            *("--objective", "denoising", "--synchronise-normalisation"),
+        ]
+        log = tmp_path / "log"
+        with log.open("w") as output:
+            driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            await_that(lambda: epochs_of(folder) >= 8, driver, log)
+            killed = trial_process()
+            assert killed is not None
+            killed.kill()
+            await_that(lambda: epochs_of(folder) >= 16 and trial_process() != killed, driver, log)
+            before_kill = trials_of(folder)
+        finally:
+            driver.kill()
+            driver.wait()
+        search_run = json.loads(storage.read_bytes(f"{folder}/{SEARCH_FILE}"))["mlflow_run"]["run_id"]
+        ended = {"KILLED", "FINISHED"}
+        await_that(lambda: set(statuses("infusion-digits", search_run).values()) <= ended, None, log)
+        await_that(lambda: MlflowClient().get_run(search_run).info.status == "KILLED", None, log)
+        await_that(lambda: not live_trials(), None, log)
+
+        before = trials_of(folder)
+        resumed = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert resumed.returncode == 0, resumed.stderr
+        after = trials_of(folder)
+        ended_before = [name for name, trial in before.items() if trial["status"] in ("finished", "pruned")]
+        assert ended_before, before_kill
+        for name in ended_before:
+            assert after[name] == before[name]
+        for name, expected in undisturbed.items():
+            for field in ("status", "epoch", "bound", "best_bound", "reason"):
+                assert after[name][field] == expected[field], (name, field)
+        by_run = statuses("infusion-digits", search_run)
+        assert sorted(by_run.values()) == ["FINISHED"] + 5 * ["KILLED"]
+        assert MlflowClient().get_run(search_run).info.status == "FINISHED"
+        await_that(lambda: not live_trials(), None, log)
+        await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, log)
+
+
+def trials_of(folder: str) -> dict[str, Any]:
+    """What a search knows of its trials."""
+    state = read_state(folder)
+    return dict(state["trials"]) if state else {}
+
+
+def epochs_of(folder: str) -> int:
+    return sum(trial["epoch"] for trial in trials_of(folder).values())
+
+
+def live_trials() -> list[Any]:
+    return [actor for actor in list_actors() if actor.state != "DEAD" and "Trainable" in actor.class_name]
+
+
+def trial_process() -> psutil.Process | None:
+    """The process of the trial that is being trained."""
+    (actor,) = live_trials() or [None]
+    return psutil.Process(actor.pid) if actor is not None and actor.pid else None
+
+
+def await_that(condition: Callable[[], bool], driver: subprocess.Popen[bytes] | None, log: Path) -> None:
+    """Waits until something is so, for as long as the driver that should bring it about lives."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert driver is None or driver.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
