@@ -9,6 +9,7 @@ import ray
 from mlflow import MlflowClient
 
 from benchmarks.bare import middle, run_bare
+from benchmarks.search import measure_search
 from benchmarks.setup import THREADS, Add, random_images, short, stage_epoch
 from pipeline import cluster
 from pipeline.local_servers import BUCKET
@@ -41,16 +42,17 @@ def measure_machinery(folder: Path, train_rate: float, add: Add) -> None:
     try:
         bare = middle(run_bare(short(RAY_EPOCHS), dataset, threads=THREADS)["epoch_seconds"])
         on_ray = ray_epoch_seconds("bench", dataset)
+        add(
+            "ray_epoch_over_bare",
+            on_ray / bare,
+            "ratio",
+            "≤ 1.02",
+            f"{on_ray:.2f} s with tracking and checkpoints, {bare:.2f} bare, the services running beside both",
+        )
+        measure_search(folder, add)
     finally:
         # A process that is still joined to a cluster ends with it.
         ray.shutdown()
-    add(
-        "ray_epoch_over_bare",
-        on_ray / bare,
-        "ratio",
-        "≤ 1.02",
-        f"{on_ray:.2f} s with tracking and checkpoints, {bare:.2f} bare, the services running beside both",
-    )
 
 
 def ray_epoch_seconds(name: str, dataset: str) -> float:

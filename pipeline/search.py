@@ -11,12 +11,15 @@ never held by a training that waits, and the next stretch takes over a process i
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 from ray import tune
@@ -29,6 +32,7 @@ from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.progress import Progress
 from pipeline.ray_training import check_name, flat, read_json, register, write_json
+from pipeline.report import REPORT_FILE, report
 from pipeline.search_grid import Point
 from pipeline.search_state import SAMPLES_FILE, SEARCH_TAG, TRIALS_FOLDER, SearchState
 from pipeline.search_trial import (
@@ -42,11 +46,12 @@ from pipeline.search_trial import (
 )
 from pipeline.successive_halving import HalvingConfig
 from pipeline.tracking import TrackedRun
-from pipeline.train_worker import OUTCOME_FILE
+from pipeline.train_worker import FIRST_STEP_AT, OUTCOME_FILE
 from pipeline.training import TrainConfig, check_fit
 
 SEARCH_FILE = "search.json"
 TUNE_FOLDER = "tune"
+REPORT_EVERY_SECONDS = 60
 
 Keep = Literal["best", "none", "all"]
 
@@ -110,9 +115,12 @@ class SearchResult:
         epochs_trained: by all trials.
         epochs_of_full_grid: what training all of them in full would have taken.
         device_seconds: that trials have trained for, all workers added up.
+        trial_start_seconds: mean time from a stretch of training being scheduled to its first step, after each slot's
+            first; `None` if there was no other.
         mlflow_run: the search in the browser; its trials are nested under it.
         folder: state, trials and TensorBoard's events.
         tensorboard: the folder of the events.
+        report: the page that shows all this, and was there from the first minute.
     """
 
     search: str
@@ -128,9 +136,11 @@ class SearchResult:
     epochs_trained: int
     epochs_of_full_grid: int
     device_seconds: float
+    trial_start_seconds: float | None
     mlflow_run: str
     folder: str
     tensorboard: str
+    report: str
 
 
 def search(
@@ -225,9 +235,10 @@ def search(
             )
             for point in points
         }
-        if not state.ended:
-            _tune(trials, specs, resources, folder)
-        result = _conclude(state, specs, manifest, name, run, folder, resources)
+        with _reported(run, folder):
+            if not state.ended:
+                _tune(trials, specs, resources, folder)
+            result = _conclude(trials, specs, manifest, name, run, folder, resources)
         write_json(storage.join(folder, SEARCH_FILE), {**record, "result": asdict(result)})
     return result
 
@@ -312,6 +323,8 @@ class _Trials:
         self.max_failures = resources.max_failures
         self.slots = slots
         self.running = 0
+        self._scheduled_at: dict[str, float] = {}
+        self._starts: list[float] = []
         total = len(state.trials) * state.epochs
         done = state.epochs_trained + state.epochs_saved
         self._progress = Progress("search", total, "epochs trained or saved", done=done, interval=10)
@@ -323,6 +336,7 @@ class _Trials:
         name = self.state.next()
         if name is not None:
             self.running += 1
+            self._scheduled_at[name] = time.time()
             tracking.set_status(self.runs[name], "RUNNING")
             self.state.save()
         return name
@@ -334,6 +348,8 @@ class _Trials:
     def report(self, name: str, result: Mapping[str, Any]) -> bool:
         """Notes what a trial reports; returns whether it is to be trained on."""
         before = self.state.epochs_trained + self.state.epochs_saved
+        if result.get(FIRST_STEP_AT) and name in self._scheduled_at:
+            self._starts.append(result[FIRST_STEP_AT] - self._scheduled_at.pop(name))
         if FAILURE in result:
             self._ended(self.state.fail(name, result[FAILURE]))
         else:
@@ -373,6 +389,12 @@ class _Trials:
             bound, name = state.best
             parts.append(f"best {bound:.2f} nats by {name}")
         return "; ".join(parts)
+
+    @property
+    def start_seconds(self) -> float | None:
+        """See `SearchResult.trial_start_seconds`."""
+        later = self._starts[self.slots :]
+        return mean(later) if later else None
 
     def close(self) -> None:
         """Prints the last line of progress."""
@@ -472,10 +494,36 @@ class _Events(tune.Callback):
             writer.close()
 
 
+@contextlib.contextmanager
+def _reported(run: TrackedRun, folder: str) -> Iterator[None]:
+    """Keeps the search's report up to date while the block runs, and writes it once more when it ends."""
+    ended = threading.Event()
+
+    def write() -> None:
+        try:
+            report([run.run_id], folder)
+        except UserError as error:
+            sys.stderr.write(f"the report cannot be written now: {error}\n")
+
+    def keep_writing() -> None:
+        while not ended.wait(REPORT_EVERY_SECONDS):
+            write()
+
+    writer = threading.Thread(target=keep_writing, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()
+        write()
+
+
 def _tune(trials: _Trials, specs: Mapping[str, TrialSpec], resources: TrialResources, folder: str) -> None:
     trainable: Any = DeviceTrial if resources.num_workers == 1 else GroupTrial
-    # The workers of a group bring resources of their own: what is reserved for them twice is never free.
-    reserved = resources.per_worker if resources.num_workers == 1 else {"CPU": 0.0}
+    # The workers of a group bring resources of their own: what is reserved for them twice is never free. Tune wants
+    # something to reserve, and a byte of memory is always to be had.
+    reserved = resources.per_worker if resources.num_workers == 1 else {"memory": 1.0}
     with _quiet():
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(trainable, specs=dict(specs)), reserved),
@@ -523,7 +571,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _conclude(
-    state: SearchState,
+    trials: _Trials,
     specs: Mapping[str, TrialSpec],
     manifest: Manifest,
     name: str,
@@ -531,6 +579,7 @@ def _conclude(
     folder: str,
     resources: TrialResources,
 ) -> SearchResult:
+    state = trials.state
     finished = {
         trial: known.best_bound
         for trial, known in state.trials.items()
@@ -562,9 +611,11 @@ def _conclude(
         epochs_trained=state.epochs_trained,
         epochs_of_full_grid=len(state.trials) * state.epochs,
         device_seconds=resources.num_workers * sum(trial.seconds for trial in state.trials.values()),
+        trial_start_seconds=trials.start_seconds,
         mlflow_run=run.uri,
         folder=folder,
         tensorboard=storage.join(folder, TUNE_FOLDER),
+        report=storage.join(folder, REPORT_FILE),
     )
     run.log_metrics(
         [
@@ -574,6 +625,7 @@ def _conclude(
                     "search/epochs_trained": float(result.epochs_trained),
                     "search/epochs_over_grid": result.epochs_trained / result.epochs_of_full_grid,
                     "search/device_seconds": result.device_seconds,
+                    "search/trial_start_seconds": result.trial_start_seconds or math.nan,
                     "valid/lower_bound": result.valid_lower_bound,
                 },
             )

@@ -108,6 +108,7 @@ class SearchState:
                 return None
             self.halving.promote(name)
         self.trials[name].status = "running"
+        self.halving.begin(name)
         return name
 
     def report(self, name: str, epoch: int, bound: float, seconds: float) -> list[str]:

@@ -32,7 +32,7 @@ from pipeline.figures import png, samples_picture
 from pipeline.manifest import Manifest
 from pipeline.ray_failures import StopAtUserError, user_error
 from pipeline.search_state import SAMPLES_FILE
-from pipeline.train_worker import log_epochs, train_worker, write_outcome
+from pipeline.train_worker import FIRST_STEP_AT, log_epochs, train_worker, write_outcome
 from pipeline.training import EpochReport, TrainConfig, Training, Worker, bound_metrics
 
 CHECKPOINT_FILE = "checkpoint.json"
@@ -41,7 +41,6 @@ SAMPLES = 10
 EPOCH = "epoch"
 BOUND = "valid/lower_bound"
 FAILURE = "failure"
-FIRST_STEP_AT = "first_step_at"
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,10 @@ class SuccessiveHalving:
         self._begun: set[str] = set()
         self._ended: set[str] = set()
 
+    def begin(self, trial: str) -> None:
+        """Notes that a trial has a slot."""
+        self._begun.add(trial)
+
     def report(self, trial: str, epoch: int, value: float) -> Decision:
         """Records a trial's value after an epoch, and decides what becomes of the trial.
 
@@ -130,7 +134,7 @@ class SuccessiveHalving:
             value: the higher, the better; finite.
         """
         assert math.isfinite(value), "a trial that diverged has ended"
-        self._begun.add(trial)
+        self.begin(trial)
         rung = max((rung for rung in self._of(trial) if rung.epoch <= epoch), key=lambda rung: rung.epoch, default=None)
         if rung is None or trial in rung.passed:
             return Decision.GO_ON

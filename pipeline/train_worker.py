@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 OUTCOME_FILE = "outcome.json"
 MODEL_FOLDER = "model"
+FIRST_STEP_AT = "first_step_at"
 PICTURED_CHAINS = 8
 SYSTEM_METRICS_INTERVAL_SECONDS = 5
 
@@ -66,21 +68,23 @@ def train_worker(spec: dict[str, Any]) -> None:
         )
     with _system_metrics(spec["run"], context.get_node_rank(), context.get_local_rank() == 0):
         unlogged: list[tuple[int, dict[str, float]]] = []
-        for report in _with_progress(training, spec["label"], chief):
+        first_step_at: list[float] = []
+        for report in _with_progress(training, spec["label"], chief, first_step_at):
             unlogged.append((report.epoch, report.metrics))
             if not report.validated:
                 continue
             if chief:
                 log_epochs(training, unlogged, spec["run"], report.pictures_due)
             unlogged.clear()
-            _report(training, report, chief)
+            _report(training, report, chief, first_step_at)
         bound = training.finish()
     if chief:
         metrics = bound_metrics("valid", bound, training.config.model)
         write_outcome(training, metrics, spec["folder"])
 
 
-def _with_progress(training: Training, label: str, chief: bool) -> Iterator[EpochReport]:
+def _with_progress(training: Training, label: str, chief: bool, first_step_at: list[float]) -> Iterator[EpochReport]:
+    """Trains, and notes when the chief's first step was taken."""
     if not chief:
         yield from training.epochs()
         return
@@ -91,6 +95,8 @@ def _with_progress(training: Training, label: str, chief: bool) -> Iterator[Epoc
         bound = ""
 
         def on_step() -> None:
+            if not first_step_at:
+                first_step_at.append(time.time())
             progress.advance(batch, note=f"epoch {training.epoch} of {training.config.epochs}{bound}")
 
         for report in training.epochs(on_step):
@@ -99,8 +105,8 @@ def _with_progress(training: Training, label: str, chief: bool) -> Iterator[Epoc
             yield report
 
 
-def _report(training: Training, report: EpochReport, chief: bool) -> None:
-    metrics = {"epoch": report.epoch, **report.metrics}
+def _report(training: Training, report: EpochReport, chief: bool, first_step_at: list[float]) -> None:
+    metrics = {"epoch": report.epoch, FIRST_STEP_AT: sum(first_step_at), **report.metrics}
     if not chief:
         ray.train.report(metrics, checkpoint=None, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
         return

@@ -18,7 +18,6 @@ from infusion_core.model import ModelConfig
 from pipeline import model_package, registry, sources, storage
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from pipeline.report import report
 from pipeline.search import SEARCH_FILE, SearchResult, TrialResources, search
 from pipeline.search_grid import Grid, grid_points
 from pipeline.search_state import read_state
@@ -103,11 +102,41 @@ def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket
         search(points[:-1], dataset, bucket_uri, "whole", HALVING, one_slot, resume=True)
     with pytest.raises(UserError, match="grace_epochs was 1 and is now 2"):
         search(points, dataset, bucket_uri, "whole", HalvingConfig(grace_epochs=2), one_slot, resume=True)
-    page = report([run_id(result)], f"{bucket_uri}/report")
-    html = storage.read_bytes(page.report).decode()
+    html = storage.read_bytes(result.report).decode()
     assert all(point.name in html for point in points)
     assert "Figure 6" in html
     assert "Figure 7" in html
+
+
+def test_trials_in_groups_of_workers(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    points = grid_points(Grid(constant=(0.3, 0.05)), dataclasses.replace(BASE, epochs=3))
+    # A group is slow to start: in this form the first trial is trained in one stretch.
+    halving = HalvingConfig(halving="stopping", grace_epochs=1, reduction_factor=3)
+    result = search(points, dataset, bucket_uri, "groups", halving, TrialResources(num_workers=2))
+    trials = trials_of(result.folder)
+    assert result.best == "T3-constant-0.3"
+    other = "T3-constant-0.05"
+    assert {name: (trial["status"], trial["epoch"]) for name, trial in trials.items()} == {
+        result.best: ("finished", 3),
+        other: ("pruned", 1),
+    }
+    assert statuses("infusion-digits", run_id(result)) == {result.best: "FINISHED", other: "KILLED"}
+    # The step of two workers is that of one, but for their noise.
+    config = next(point.config for point in points if point.name == result.best)
+    alone = Training(config, dataset, Manifest.load(dataset))
+    list(alone.epochs())
+    assert result.valid_lower_bound == pytest.approx(alone.finish().mean, abs=5)
+    await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, None)
+
+
+def test_a_trial_that_diverges_fails_and_says_why(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    points = grid_points(Grid(over={"learning_rate": (1e-3, 1e30)}), dataclasses.replace(BASE, epochs=2))
+    result = search(points, dataset, bucket_uri, "diverged", HalvingConfig(halving="none"), TrialResources())
+    assert (result.finished, result.failed) == (1, 1)
+    (failed,) = [trial for trial in trials_of(result.folder).values() if trial["status"] == "failed"]
+    assert "the training diverged" in failed["reason"]
+    by_run = statuses("infusion-digits", run_id(result))
+    assert sorted(by_run.values()) == ["FAILED", "FINISHED"]
 
 
 class TestKilled:
@@ -187,10 +216,11 @@ def trial_process() -> psutil.Process | None:
     return psutil.Process(actor.pid) if actor is not None and actor.pid else None
 
 
-def await_that(condition: Callable[[], bool], driver: subprocess.Popen[bytes] | None, log: Path) -> None:
+def await_that(condition: Callable[[], bool], driver: subprocess.Popen[bytes] | None, log: Path | None) -> None:
     """Waits until something is so, for as long as the driver that should bring it about lives."""
     end = time.monotonic() + 120
     while not condition():
-        assert driver is None or driver.poll() is None, log.read_text()
-        assert time.monotonic() < end, log.read_text()
+        words = log.read_text() if log is not None else ""
+        assert driver is None or driver.poll() is None, words
+        assert time.monotonic() < end, words
         time.sleep(0.1)

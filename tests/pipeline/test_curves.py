@@ -2,7 +2,16 @@ import io
 
 from PIL import Image
 
-from pipeline.curves import estimate_curve, figure_png, rate_curves, training_curves
+from pipeline.curves import (
+    bounds_by_rate,
+    bounds_by_sample_quality,
+    estimate_curve,
+    figure_png,
+    optimum_by_steps,
+    pareto_front,
+    rate_curves,
+    training_curves,
+)
 
 
 def test_curves_and_png() -> None:
@@ -30,6 +39,40 @@ def test_a_panel_for_every_number_of_steps_and_a_curve_for_every_rate() -> None:
         title: {rate: [list(point) for point in points] for rate, points in by_rate.items()}
         for title, by_rate in curves.items()
     }
+
+
+BY_RATE = {
+    1: {"constant": [(0.3, 5.0, True), (0.1, 2.0, False), (0.5, 4.0, True)]},
+    5: {"constant": [(0.1, 8.0, True), (0.3, 6.0, False)], "increasing": [(0.2, 7.0, True), (0.05, 7.5, True)]},
+}
+
+
+def test_bounds_by_rate_in_order_with_pruned_trials_hollow() -> None:
+    figure = bounds_by_rate(BY_RATE, {1: 0.25})
+    first, second = figure.axes
+    assert first.lines[0].get_xydata().tolist() == [[0.1, 2], [0.3, 5], [0.5, 4]]
+    hollow = [line.get_xydata().tolist() for line in first.lines if line.get_markerfacecolor() == "white"]
+    assert hollow == [[[0.1, 2.0]]]
+    assert [line.get_label() for line in second.lines if not str(line.get_label()).startswith("_")] == [
+        "constant",
+        "increasing",
+    ]
+    # The published rate is marked where there is one.
+    assert first.lines[-1].get_xdata() == [0.25, 0.25]
+    assert "the paper's best" not in [line.get_label() for line in second.lines]
+
+
+def test_the_best_rate_of_every_number_of_steps() -> None:
+    (panel,) = optimum_by_steps(BY_RATE, {1: 0.25, 10: 0.01}).axes
+    drawn = {str(line.get_label()): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn == {"constant": [[1, 0.3], [5, 0.1]], "increasing": [[5, 0.05]], "the paper's": [[1, 0.25]]}
+
+
+def test_the_pareto_front_is_what_nothing_else_surpasses() -> None:
+    judged = [("a", 5.0, 1.0), ("b", 4.0, 3.0), ("c", 4.0, 2.0), ("d", 1.0, 9.0), ("e", 5.0, 0.5), ("f", 4.0, 3.0)]
+    assert pareto_front(judged) == {"a", "b", "d", "f"}
+    (panel,) = bounds_by_sample_quality(judged).axes
+    assert sorted(text.get_text() for text in panel.texts) == ["a", "b", "d", "f"]
 
 
 def test_epochs_are_whole_even_if_there_is_only_one() -> None:

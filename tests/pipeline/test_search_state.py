@@ -1,0 +1,82 @@
+"""What a search keeps of its trials: written, read again, and the same afterwards."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.search_state import STATE_FILE, SearchState, read_state
+from pipeline.successive_halving import HalvingConfig
+
+NAMES = ["a", "b", "c", "d"]
+CONFIG = HalvingConfig(grace_epochs=2, reduction_factor=2)
+
+
+def opened(folder: Path) -> SearchState:
+    return SearchState.open(str(folder), CONFIG, NAMES, 8)
+
+
+def test_trials_begin_in_the_grids_order_and_wait_until_all_have_come(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    assert [state.next() for _ in range(3)] == ["a", "b", "c"]
+    assert state.report("a", 2, 5.0, 1.0) == []
+    assert state.report("b", 2, 7.0, 1.0) == []
+    assert [state.trials[name].status for name in NAMES] == ["waiting", "waiting", "running", "pending"]
+    assert state.next() == "d"
+    assert state.next() == "b"
+    # Two of four may pass: once two better ones have come, a trial is out.
+    assert state.report("d", 2, 6.0, 1.0) == ["a"]
+    assert state.trials["a"].reason == "after epoch 2"
+    assert state.report("c", 2, 4.0, 1.0) == ["c"]
+    assert state.best == (7.0, "b")
+    assert (state.epochs_trained, state.epochs_saved) == (8, 12)
+
+
+def test_a_resumed_search_gives_slots_first_to_what_was_being_trained(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    assert [state.next() for _ in range(2)] == ["a", "b"]
+    state.report("a", 1, 5.0, 1.5)
+    state.report("b", 2, 3.0, 1.0)
+    state.save()
+    resumed = opened(tmp_path)
+    assert resumed.trials == state.trials
+    assert [resumed.next() for _ in range(4)] == ["a", "c", "d", None]
+    # It says where it is before it goes on; what it says a second time counts once.
+    resumed.report("a", 2, 6.0, 0.0)
+    assert resumed.report("a", 2, 6.0, 0.0) == []
+    assert resumed.trials["b"].status == "waiting"
+
+
+def test_a_trial_whose_process_dies_goes_on_first_until_it_has_died_too_often(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    assert state.next() == "a"
+    assert state.die("a", "killed", max_deaths=1) == []
+    assert state.next() == "a"
+    assert state.die("a", "killed", max_deaths=1) == ["a"]
+    assert state.trials["a"].status == "failed"
+    assert state.trials["a"].reason == "its processes died 2 times, the last time so: killed"
+    assert state.next() == "b"
+
+
+def test_a_search_is_over_when_all_have_ended(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    while (name := state.next()) is not None:
+        for epoch in range(state.trials[name].epoch + 1, 9):
+            state.report(name, epoch, float(NAMES.index(name)), 1.0)
+            if state.trials[name].status != "running":
+                break
+    assert state.ended
+    assert {name: trial.status for name, trial in state.trials.items()} == {
+        "a": "pruned",
+        "b": "pruned",
+        "c": "pruned",
+        "d": "finished",
+    }
+    assert state.epochs_trained == 2 + 2 + 4 + 8
+
+
+def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+    assert read_state(str(tmp_path)) is None
+    (tmp_path / STATE_FILE).write_text('{"trials": ')
+    with pytest.raises(UserError, match=f"{STATE_FILE} is not JSON"):
+        opened(tmp_path)
