@@ -12,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 help:
-	@echo 'make demo    stage, train, evaluate, promote, sample and report on local Ray, S3 and MLflow; look into demo/'
+	@echo 'make demo    stage, search, evaluate, promote, sample and report on local Ray, S3 and MLflow; look into demo/'
 	@echo 'make test    run the tests'
 	@echo 'make check   lint, format, types, import contract'
 	@echo 'make bench   measure this machine; writes benchmarks/results.json'

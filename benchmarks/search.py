@@ -39,5 +39,5 @@ def measure_search(folder: Path, add: Add) -> None:
             result.trial_start_seconds,
             "s",
             goal,
-            f"from being scheduled to the first step, after each slot's first of {trials} trials; {note}",
+            f"from a trial being scheduled, and its slot free, to its first step; {trials} trials, {note}",
         )

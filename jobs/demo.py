@@ -1,6 +1,6 @@
 """Runs the main jobs end to end on local services, which are started if they are not up and left up.
 
-Each job (stage, train, evaluate, promote, sample, report) is submitted with `ray job submit`. Pictures, the report and
+Each job (stage, tune, evaluate, promote, sample, report) is submitted with `ray job submit`. Pictures, the report and
 a summary are written to `demo/`. End the services with `make down`.
 """
 

@@ -23,14 +23,18 @@ RUNS = "s3://infusion/runs"
 SAMPLES = "s3://infusion/samples"
 REPORTS = "s3://infusion/reports"
 REGISTERED_MODEL = "infusion-digits"
-NUM_WORKERS = 2
+# Six trials, of which two are compared again and one is trained in full; both cores are busy until then.
+SEARCH = (
+    *("--steps", "4,8", "--increasing", "0.05,0.1,0.14", "--epochs", "162"),
+    *("--validate-every", "18", "--grace-epochs", "18", "--figures-every", "54"),
+)
 
 # What `ray job submit` says of itself, as `2026-01-01 00:00:00,000 INFO cli.py:42 -- …`.
 _RAY_CLIENT_LINE = re.compile(r"\b(INFO|SUCC|WARNING) \w+\.py:\d+ -- ")
 
 
 def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[str, Any]:
-    """Stages the digits, trains, evaluates, promotes, samples and reports; writes what is to be seen to `folder`.
+    """Stages the digits, searches, evaluates, promotes, samples and reports; writes what is to be seen to `folder`.
 
     Args:
         services: they are started if they are not up, and left up.
@@ -58,15 +62,16 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
         return result
 
     staged = job("stage", "digits", DATASET)
-    trained = job("train", DATASET, "--runs", RUNS, "--name", name, "--num-workers", str(NUM_WORKERS))
-    model = trained["model"]
+    searched = job("tune", DATASET, "--runs", RUNS, "--name", name, *SEARCH)
+    model = searched["model"]
     with ThreadPoolExecutor() as pool:
         # These three do not need one another.
         evaluating = pool.submit(job, "evaluate", model, DATASET, "--judges", "importance_sampling")
         sampling = pool.submit(job, "sample", model, f"{SAMPLES}/{name}")
         promoting = pool.submit(job, "promote", REGISTERED_MODEL)
     evaluated, sampled, promoted = evaluating.result(), sampling.result(), promoting.result()
-    reported = job("report", f"{REPORTS}/{name}", model)
+    search_run = searched["mlflow_run"].rpartition("/")[2]
+    reported = job("report", f"{REPORTS}/{name}", search_run, model)
 
     folder.mkdir(parents=True, exist_ok=True)
     for picture in ("samples", "chains"):
@@ -85,16 +90,18 @@ def run_demo(services: LocalServices, repository: Path, folder: Path) -> dict[st
     summary = {
         "figures": {
             **{f"test_{key}": evaluated[key] for key in (*figures, *baseline)},
-            "valid_lower_bound": trained["valid_lower_bound"],
-            "best_epoch": trained["best_epoch"],
-            "train_images_per_second": trained["train_images_per_second"],
+            "valid_lower_bound": searched["valid_lower_bound"],
+            "best_of_the_search": searched["best"],
+            "epochs_trained": searched["epochs_trained"],
+            "epochs_of_full_grid": searched["epochs_of_full_grid"],
             "promotion": promoted["reason"],
         },
         "uris": {
             "dataset": staged["manifest"],
-            "run": trained["folder"],
-            "mlflow_run": trained["mlflow_run"],
-            "model": trained["model"],
+            "search": searched["folder"],
+            "tensorboard": searched["tensorboard"],
+            "mlflow_run": searched["mlflow_run"],
+            "model": model,
             "champion": f"models:/{REGISTERED_MODEL}@champion",
             "registry": f"{os.environ['MLFLOW_TRACKING_URI']}/#/models/{REGISTERED_MODEL}",
             "samples": sampled["table"],

@@ -176,11 +176,11 @@ def search(
     _check_points(points, dataset, manifest, resources.num_workers)
     folder = storage.join(store, name)
     earlier = read_json(storage.join(folder, SEARCH_FILE))
+    data = {"dataset": dataset, "dataset_fingerprint": manifest.origin.fingerprint}
     asked: dict[str, Any] = {
         "points": {point.name: point.config.to_json() for point in points},
         "halving": asdict(halving),
-        "dataset": dataset,
-        "dataset_fingerprint": manifest.origin.fingerprint,
+        **data,
     }
     # As it will be read again: JSON has no tuples.
     asked = json.loads(json.dumps(asked))
@@ -199,8 +199,7 @@ def search(
         registry.model_name(manifest.name),
         name,
         params={
-            "dataset": dataset,
-            "dataset_fingerprint": manifest.origin.fingerprint,
+            **data,
             "points": len(points),
             "epochs": points[0].config.epochs,
             **asdict(halving),
@@ -214,7 +213,7 @@ def search(
         },
         resume=TrackedRun(**earlier["mlflow_run"]) if earlier else None,
     ) as run:
-        runs = _trial_runs(points, run, folder, earlier)
+        runs = _trial_runs(points, run, folder, data, earlier)
         record = {**asked, "mlflow_run": asdict(run), "trial_runs": {name: asdict(run) for name, run in runs.items()}}
         write_json(storage.join(folder, SEARCH_FILE), record)
         run.log_file("search.json", json.dumps(record, indent=2).encode())
@@ -295,16 +294,28 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
 
 def _trial_runs(
-    points: Sequence[Point], parent: TrackedRun, folder: str, earlier: Mapping[str, Any] | None
+    points: Sequence[Point],
+    parent: TrackedRun,
+    folder: str,
+    data: Mapping[str, str],
+    earlier: Mapping[str, Any] | None,
 ) -> dict[str, TrackedRun]:
-    """Returns the MLflow run of every trial, nested under the search's; they are created before any trial begins."""
+    """Returns the MLflow run of every trial, nested under the search's; they are created before any trial begins.
+
+    Args:
+        points: the trials.
+        parent: the search's run.
+        folder: the search's folder.
+        data: what is to be known of the data set.
+        earlier: what was asked for, if the search is resumed.
+    """
     if earlier is not None:
         return {name: TrackedRun(**fields) for name, fields in earlier["trial_runs"].items()}
     return {
         point.name: tracking.nested_run(
             parent,
             point.name,
-            params=flat(point.config),
+            params={**flat(point.config), **data},
             tags={"folder": storage.join(folder, TRIALS_FOLDER, point.name)},
         )
         for point in points
@@ -321,8 +332,10 @@ class _Trials:
         self.runs = runs
         self.keep = resources.keep
         self.max_failures = resources.max_failures
+        self.processes_are_reused = resources.num_workers == 1
         self.slots = slots
         self.running = 0
+        self._free_since: dict[int, float] = {}
         self._scheduled_at: dict[str, float] = {}
         self._starts: list[float] = []
         total = len(state.trials) * state.epochs
@@ -348,8 +361,7 @@ class _Trials:
     def report(self, name: str, result: Mapping[str, Any]) -> bool:
         """Notes what a trial reports; returns whether it is to be trained on."""
         before = self.state.epochs_trained + self.state.epochs_saved
-        if result.get(FIRST_STEP_AT) and name in self._scheduled_at:
-            self._starts.append(result[FIRST_STEP_AT] - self._scheduled_at.pop(name))
+        self._note_start(name, result)
         if FAILURE in result:
             self._ended(self.state.fail(name, result[FAILURE]))
         else:
@@ -357,7 +369,10 @@ class _Trials:
             self._ended(self.state.report(name, result[EPOCH], result[BOUND], seconds))
         self.state.save()
         self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
-        return self.state.trials[name].status == "running"
+        goes_on = self.state.trials[name].status == "running"
+        if not goes_on:
+            self._free_since[self._slot(result)] = time.time()
+        return goes_on
 
     def died(self, name: str, reason: str) -> None:
         """Notes that a trial's processes died."""
@@ -390,11 +405,22 @@ class _Trials:
             parts.append(f"best {bound:.2f} nats by {name}")
         return "; ".join(parts)
 
+    def _note_start(self, name: str, result: Mapping[str, Any]) -> None:
+        """Notes how long the trial took to its first step, from when it was scheduled and its slot was free."""
+        if not result.get(FIRST_STEP_AT) or name not in self._scheduled_at:
+            return
+        scheduled_at, free_since = self._scheduled_at.pop(name), self._free_since.get(self._slot(result))
+        if free_since is not None:
+            self._starts.append(result[FIRST_STEP_AT] - max(scheduled_at, free_since))
+
+    def _slot(self, result: Mapping[str, Any]) -> int:
+        """Returns what tells slots apart: their processes, or nothing where every trial has processes of its own."""
+        return int(result["pid"]) if self.processes_are_reused else 0
+
     @property
     def start_seconds(self) -> float | None:
         """See `SearchResult.trial_start_seconds`."""
-        later = self._starts[self.slots :]
-        return mean(later) if later else None
+        return mean(self._starts) if self._starts else None
 
     def close(self) -> None:
         """Prints the last line of progress."""
@@ -590,8 +616,12 @@ def _conclude(
         raise UserError(f"no trial of search {name} was trained in full: {reasons}")
     best = max(finished, key=lambda trial: finished[trial])
     spec = specs[best]
+    best_run = TrackedRun(**spec.run)
+    # As jobs.train leaves them with its runs, for reports.
+    best_run.log_file("config.json", json.dumps({"config": spec.config, "dataset": spec.dataset}, indent=2).encode())
+    best_run.log_file("manifest.json", manifest.to_json().encode())
     trained = register(
-        TrainConfig.from_json(spec.config), manifest, spec.folder, best, TrackedRun(**spec.run), {"search": run.run_id}
+        TrainConfig.from_json(spec.config), manifest, spec.folder, best, best_run, {"search": run.run_id}
     )
     if resources.keep != "all":
         for trial in finished:
