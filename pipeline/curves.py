@@ -119,8 +119,12 @@ def bounds_by_sample_quality(judged: Sequence[tuple[str, float, float]]) -> Figu
         edgecolors="black",
         label="Pareto front",
     )
+    middle = (min(parzen for *_, parzen in judged) + max(parzen for *_, parzen in judged)) / 2
     for name, bound, parzen in front:
-        panel.annotate(name, (parzen, bound), textcoords="offset points", xytext=(6, 5), fontsize="x-small")
+        # Names are written towards the middle, where there is room for them.
+        side, offset = ("left", 6) if parzen <= middle else ("right", -6)
+        place = {"textcoords": "offset points", "xytext": (offset, 6), "ha": side}
+        panel.annotate(name, (parzen, bound), fontsize="x-small", **place)
     panel.set(xlabel="Parzen-window estimate, nats per image", ylabel="lower bound (validation), nats per image")
     panel.margins(0.15)
     panel.grid(alpha=0.3)

@@ -195,6 +195,8 @@ def search(
     cluster.check_capacity(resources.num_workers, resources.per_worker)
     slots = int(min(cluster.most_workers(resources.per_worker) // resources.num_workers, len(points)))
     slots = min(slots, resources.max_concurrent or slots)
+    # A folder that cannot be written to is found out before anything is started.
+    state.save()
     with tracking.owned_run(
         registry.model_name(manifest.name),
         name,

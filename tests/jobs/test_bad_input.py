@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -120,6 +120,60 @@ class TestTrain:
         line = error_of("train", [*base, "--epochs", "2", "--seed", "4"], capsys)
         assert "epochs was 1 and is now 2" in line
         assert "seed was 0 and is now 4" in line
+
+
+class TestTune:
+    @pytest.mark.parametrize(
+        ("arguments", "messages"),
+        [
+            ([], ["the grid is empty; give --increasing"]),
+            (
+                ["--steps", "4,15", "--increasing", "0.3,0.4"],
+                [
+                    "3 of 4 points",
+                    "T4-increasing-0.4: the infusion rate leaves",
+                    "T15-increasing-0.3",
+                    "T15-increasing-0.4",
+                ],
+            ),
+            (["--over", "learning_speed=1"], ["there is no field 'learning_speed'", "learning_rate"]),
+            (["--over", "learning_rate"], ["--over learning_rate: write FIELD=VALUE"]),
+            (["--over", "learning_rate=fast"], ["--over learning_rate=fast: could not convert"]),
+            (["--over", "synchronise_normalisation=yes"], ["'yes' is neither true nor false"]),
+            (["--over", "seed=1", "--over", "seed=2"], ["--over seed is given twice"]),
+            (["--grid", "paper-table-4", "--constant", "0.1"], ["--grid paper-table-4 is a whole grid"]),
+            (["--constant", "0.1", "--resume"], ["give --name"]),
+            (["--constant", "0.1", "--grace-epochs", "0"], ["grace_epochs must be at least 1, not 0"]),
+            (["--constant", "0.1", "--gpus-per-worker", "1.5"], ["gpus_per_worker must be below 1 or a whole number"]),
+        ],
+    )
+    def test_searches_that_cannot_be(
+        self, arguments: list[str], messages: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["s3://bucket/digits", "--runs", "s3://bucket/runs", *arguments]
+        line = error_of("tune", words, capsys)
+        assert all(message in line for message in messages)
+
+    def test_what_the_data_the_cluster_or_the_folder_does_not_allow(
+        self, ray_cluster: str, client_env: Mapping[str, str], staged_digits: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        base = [staged_digits, "--constant", "0.1,0.2", "--runs"]
+        before = {run.info.run_id for run in MlflowClient().search_runs(experiment_ids())}
+        for rest, message in (
+            (["s3://infusion/x", "--name", "none", "--resume"], "there is no search none in s3://infusion/x to resume"),
+            (["s3://infusion/x", "--name", "a/b"], "'a/b' cannot be the name of a search"),
+            (["s3://infusion/x", "--image-shape", "28,28,1"], "28 × 28 × 1; choose another data set"),
+            (["s3://infusion/x", "--grace-epochs", "500"], "compared after 500 epochs first"),
+            (["s3://infusion/x", "--threads-per-worker", "1000"], "can never run: the cluster holds 0 such workers"),
+            (["/dev/null/x"], "/dev/null/x/"),
+            (["s3://no-such-bucket/x"], "there is no bucket s3://no-such-bucket"),
+        ):
+            assert message in error_of("tune", [*base, *rest], capsys)
+        assert {run.info.run_id for run in MlflowClient().search_runs(experiment_ids())} == before
+
+
+def experiment_ids() -> list[str]:
+    return [experiment.experiment_id for experiment in MlflowClient().search_experiments()]
 
 
 @pytest.mark.parametrize(
