@@ -123,8 +123,8 @@ def bounds_by_sample_quality(judged: Sequence[tuple[str, float, float]]) -> Figu
     for name, bound, parzen in front:
         # Names are written towards the middle, where there is room for them.
         side, offset = ("left", 6) if parzen <= middle else ("right", -6)
-        place = {"textcoords": "offset points", "xytext": (offset, 6), "ha": side}
-        panel.annotate(name, (parzen, bound), fontsize="x-small", **place)
+        place = (offset, 6)
+        panel.annotate(name, (parzen, bound), place, textcoords="offset points", ha=side, fontsize="x-small")
     panel.set(xlabel="Parzen-window estimate, nats per image", ylabel="lower bound (validation), nats per image")
     panel.margins(0.15)
     panel.grid(alpha=0.3)

@@ -39,6 +39,7 @@ from pipeline.search_trial import (
     BOUND,
     EPOCH,
     FAILURE,
+    PARZEN,
     DeviceTrial,
     GroupTrial,
     TrialSpec,
@@ -54,6 +55,7 @@ TUNE_FOLDER = "tune"
 REPORT_EVERY_SECONDS = 60
 
 Keep = Literal["best", "none", "all"]
+Criterion = Literal["lower_bound", "parzen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class TrialResources:
         shard_memory_mib: MiB of memory that a worker's images may occupy before they are streamed instead; by default
             half of what is free.
         keep: of which trials checkpoints and models are kept in the search's folder: of the best, of none, or of all.
+        criterion: by what the best is chosen of the trials that were trained in full: the validation lower bound, or
+            the Parzen-window estimate. Pruning goes by the bound.
 
     Raises:
         UserError: a value is out of range.
@@ -81,6 +85,7 @@ class TrialResources:
     max_failures: int = 3
     shard_memory_mib: int | None = None
     keep: Keep = "best"
+    criterion: Criterion = "lower_bound"
 
     def __post_init__(self) -> None:
         for name, least in (("num_workers", 1), ("threads_per_worker", 1), ("max_failures", 0), ("gpus_per_worker", 0)):
@@ -103,7 +108,7 @@ class SearchResult:
 
     Attributes:
         search: its name.
-        best: the trial with the best validation bound of those that were trained in full.
+        best: the trial that the criterion chose of those that were trained in full.
         model: address of its registered model.
         challenger: the alias that points at it.
         valid_lower_bound: of that model, nats per image.
@@ -173,6 +178,8 @@ def search(
         storage.check_reachable(uri)
     tracking.check_reachable()
     manifest = Manifest.load(dataset)
+    if resources.criterion == "parzen" and any(point.config.parzen_bandwidth is None for point in points):
+        raise UserError("the criterion parzen needs Parzen-window estimates: give --parzen-bandwidth")
     _check_points(points, dataset, manifest, resources.num_workers)
     folder = storage.join(store, name)
     earlier = read_json(storage.join(folder, SEARCH_FILE))
@@ -368,7 +375,7 @@ class _Trials:
             self._ended(self.state.fail(name, result[FAILURE]))
         else:
             seconds = result["time_this_iter_s"]
-            self._ended(self.state.report(name, result[EPOCH], result[BOUND], seconds))
+            self._ended(self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN)))
         self.state.save()
         self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
         goes_on = self.state.trials[name].status == "running"
@@ -389,10 +396,19 @@ class _Trials:
             if trial.reason:
                 self.runs[name].set_tags({"reason": trial.reason})
             tracking.set_status(self.runs[name], status)
+            if trial.status == "finished":
+                self._log_outcome(name)
             if trial.status == "failed":
                 sys.stderr.write(f"{name} failed: {trial.reason}\n")
             if trial.status == "pruned" and self.keep != "all":
                 _delete_checkpoints(self.state.folder, name)
+
+    def _log_outcome(self, name: str) -> None:
+        """Logs the finished model's figures, that of the test split among them."""
+        outcome = read_json(storage.join(self.state.folder, TRIALS_FOLDER, name, OUTCOME_FILE))
+        assert outcome is not None, "a trial writes its outcome before it reports its last epoch"
+        metrics = {key: value for key, value in outcome["metrics"].items() if key.startswith("test/")}
+        self.runs[name].log_metrics([(outcome["best_epoch"], metrics)])
 
     def _note(self) -> str:
         state = self.state
@@ -609,9 +625,10 @@ def _conclude(
 ) -> SearchResult:
     state = trials.state
     finished = {
-        trial: known.best_bound
+        trial: score
         for trial, known in state.trials.items()
-        if known.status == "finished" and known.best_bound is not None
+        if known.status == "finished"
+        and (score := known.parzen if resources.criterion == "parzen" else known.best_bound) is not None
     }
     if not finished:
         reasons = "; ".join(f"{trial}: {known.reason}" for trial, known in state.trials.items() if known.reason)

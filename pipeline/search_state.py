@@ -35,6 +35,7 @@ class Trial:
         epoch: how many epochs it has been trained for.
         bound: the last validation lower bound, nats per image; `None` before the first.
         best_bound: the best one.
+        parzen: the last Parzen-window estimate of validation images, if any was made.
         seconds: for how long it has been trained, as far as is known.
         deaths: how often its processes died.
         reason: why it failed, or where it was pruned.
@@ -44,6 +45,7 @@ class Trial:
     epoch: int = 0
     bound: float | None = None
     best_bound: float | None = None
+    parzen: float | None = None
     seconds: float = 0.0
     deaths: int = 0
     reason: str = ""
@@ -111,7 +113,7 @@ class SearchState:
         self.halving.begin(name)
         return name
 
-    def report(self, name: str, epoch: int, bound: float, seconds: float) -> list[str]:
+    def report(self, name: str, epoch: int, bound: float, seconds: float, parzen: float | None = None) -> list[str]:
         """Notes what a running trial reports after an epoch.
 
         Returns:
@@ -121,6 +123,7 @@ class SearchState:
         trial = self.trials[name]
         trial.epoch, trial.bound = epoch, bound
         trial.best_bound = bound if trial.best_bound is None else max(trial.best_bound, bound)
+        trial.parzen = trial.parzen if parzen is None else parzen
         trial.seconds += seconds
         if epoch >= self.epochs:
             self._end(name, "finished")

@@ -32,14 +32,15 @@ from pipeline.figures import png, samples_picture
 from pipeline.manifest import Manifest
 from pipeline.ray_failures import StopAtUserError, user_error
 from pipeline.search_state import SAMPLES_FILE
-from pipeline.train_worker import FIRST_STEP_AT, log_epochs, train_worker, write_outcome
-from pipeline.training import EpochReport, TrainConfig, Training, Worker, bound_metrics
+from pipeline.train_worker import FIRST_STEP_AT, OUTCOME_FILE, final_metrics, log_epochs, train_worker, write_outcome
+from pipeline.training import EpochReport, TrainConfig, Training, Worker
 
 CHECKPOINT_FILE = "checkpoint.json"
 SAMPLES = 10
 
 EPOCH = "epoch"
 BOUND = "valid/lower_bound"
+PARZEN = "valid/parzen"
 FAILURE = "failure"
 
 
@@ -121,26 +122,30 @@ class DeviceTrial(tune.Trainable):
         training = self._training
         if training is None:
             return {FAILURE: self._failure, EPOCH: 0, "done": True}
-        if self._resumed:
-            self._resumed = False
-            return self._result(training, training.history[-1])
-        unlogged: list[tuple[int, dict[str, float]]] = []
-        report: EpochReport | None = None
         try:
-            for report in self._epochs:
-                unlogged.append((report.epoch, report.metrics))
-                if report.validated:
-                    break
-            assert report is not None, "Tune asks for no more of a trial that has ended"
-            _save(training, self._spec.folder)
-            log_epochs(training, unlogged, self._spec.run, report.pictures_due)
-            result = self._result(training, report.metrics)
-            if result["done"]:
-                bound = training.finish()
-                write_outcome(training, bound_metrics("valid", bound, training.config.model), self._spec.folder)
+            metrics = self._where_it_is(training) if self._resumed else self._train(training)
+            if training.epoch == training.config.epochs:
+                write_outcome(training, final_metrics(training, test=True), self._spec.folder)
         except (UserError, InfusionError) as error:
             return {FAILURE: str(error), EPOCH: training.epoch, "done": True}
-        return result
+        return self._result(training, metrics)
+
+    def _where_it_is(self, training: Training) -> Mapping[str, float]:
+        self._resumed = False
+        return training.history[-1]
+
+    def _train(self, training: Training) -> Mapping[str, float]:
+        """Trains up to the next validation, and keeps what has been reached."""
+        unlogged: list[tuple[int, dict[str, float]]] = []
+        report: EpochReport | None = None
+        for report in self._epochs:
+            unlogged.append((report.epoch, report.metrics))
+            if report.validated:
+                break
+        assert report is not None, "Tune asks for no more of a trial that has ended"
+        _save(training, self._spec.folder)
+        log_epochs(training, unlogged, self._spec.run, report.pictures_due)
+        return report.metrics
 
     def _result(self, training: Training, metrics: Mapping[str, float]) -> dict[str, Any]:
         return {
@@ -207,6 +212,7 @@ class GroupTrial(tune.Trainable):
         """Starts the group; it goes on from its last checkpoint if it has one. Arguments as in `DeviceTrial`."""
         spec = specs[config["point"]]
         self._epochs = int(spec.config["epochs"])
+        self._folder = spec.folder
         self._reports: Queue = Queue(actor_options={"num_cpus": 0})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, args=(spec,), daemon=True)
@@ -224,6 +230,7 @@ class GroupTrial(tune.Trainable):
                 "run": spec.run,
                 "threads": spec.threads_per_worker,
                 "memory_limit": spec.memory_limit,
+                "test": True,
             },
             scaling_config=ScalingConfig(
                 num_workers=spec.num_workers,
@@ -248,15 +255,16 @@ class GroupTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Waits for the group's next report."""
         report = self._reports.get()
-        if report is not None:
-            epoch = report[EPOCH]
-            if epoch == self._epochs:
-                # The finished model is made after the last report.
-                self._thread.join()
-                if self._error is not None:
-                    return self._failed(epoch)
-            return {**report, "timesteps_total": epoch, "done": epoch == self._epochs}
-        return self._failed(0)
+        if report is None or report[EPOCH] == self._epochs:
+            # The finished model is made after the last report.
+            self._thread.join()
+            if self._error is not None:
+                return self._failed(0 if report is None else report[EPOCH])
+        if report is None:
+            # The last epoch had been trained, but not reported, when the trial was interrupted.
+            outcome = json.loads(storage.read_bytes(storage.join(self._folder, OUTCOME_FILE)))
+            report = outcome["history"][-1]
+        return {**report, "timesteps_total": report[EPOCH], "done": report[EPOCH] == self._epochs}
 
     def _failed(self, epoch: int) -> dict[str, Any]:
         cause = user_error(self._error)

@@ -43,7 +43,8 @@ def train_worker(spec: dict[str, Any]) -> None:
 
     Args:
         spec: `config` (of the training), `dataset`, `folder` (of the run), `label` (for progress), `run` (the fields of
-            its `TrackedRun`), `threads`, and `memory_limit` (bytes for images, or `None`).
+            its `TrackedRun`), `threads`, `memory_limit` (bytes for images, or `None`), and, if the finished model is to
+            be tested, `test`.
     """
     # It prints every report in full, by a logger of its own to which Ray Train's `LoggingConfig` does not extend.
     ray_context.logger.setLevel(logging.WARNING)
@@ -77,9 +78,8 @@ def train_worker(spec: dict[str, Any]) -> None:
                 log_epochs(training, unlogged, spec["run"], report.pictures_due)
             unlogged.clear()
             _report(training, report, chief, first_step_at)
-        bound = training.finish()
+        metrics = final_metrics(training, test=spec.get("test", False))
     if chief:
-        metrics = bound_metrics("valid", bound, training.config.model)
         write_outcome(training, metrics, spec["folder"])
 
 
@@ -103,6 +103,14 @@ def _with_progress(training: Training, label: str, chief: bool, first_step_at: l
             if report.validated:
                 bound = f"; valid lower bound {report.metrics['valid/lower_bound']:.2f} nats after epoch {report.epoch}"
             yield report
+
+
+def final_metrics(training: Training, *, test: bool) -> dict[str, float]:
+    """Makes `training.model` the finished one, and returns its bounds over the validation split, and the test split."""
+    metrics = bound_metrics("valid", training.finish(), training.config.model)
+    if test and training.manifest.rows("test"):
+        metrics |= bound_metrics("test", training.test(), training.config.model)
+    return metrics
 
 
 def _report(training: Training, report: EpochReport, chief: bool, first_step_at: list[float]) -> None:

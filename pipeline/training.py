@@ -153,6 +153,7 @@ class _Stream(IntEnum):
     VALIDATION = 5
     PICTURES = 6
     PARZEN = 7
+    TEST = 8
 
 
 def check_fit(config: TrainConfig, dataset: str, manifest: Manifest, world_size: int) -> None:
@@ -341,10 +342,17 @@ class Training:
 
     def validate(self) -> BoundSums:
         """Returns the sums of the lower bound over the validation split, over all workers."""
+        return self._bound(self._validation_chunks(), _Stream.VALIDATION)
+
+    def test(self) -> BoundSums:
+        """Returns the sums of the lower bound over the test split, over all workers."""
+        numbers = chunk_share(self.manifest.rows("test"), self.worker.rank, self.worker.world_size)
+        return self._bound(load_chunks(self.dataset, self.manifest, "test", numbers), _Stream.TEST)
+
+    def _bound(self, chunks: Iterable[Chunk], stream: _Stream) -> BoundSums:
         self.model.eval()
-        seed = derive_seed((self.config.seed, _Stream.VALIDATION))
         with self._autocast():
-            sums = sum_bound(self.model, self._validation_chunks(), seed)
+            sums = sum_bound(self.model, chunks, derive_seed((self.config.seed, stream)))
         return BoundSums(_all_reduced(sums.values.to(self.worker.device)).cpu())
 
     def parzen(self, bandwidth: float) -> float:

@@ -167,6 +167,7 @@ class TestTune:
             (["s3://infusion/x", "--threads-per-worker", "1000"], "can never run: the cluster holds 0 such workers"),
             (["/dev/null/x"], "/dev/null/x/"),
             (["s3://no-such-bucket/x"], "there is no bucket s3://no-such-bucket"),
+            (["s3://infusion/x", "--preset", "cifar10", "--criterion", "parzen"], "give --parzen-bandwidth"),
         ):
             assert message in error_of("tune", [*base, *rest], capsys)
         assert {run.info.run_id for run in MlflowClient().search_runs(experiment_ids())} == before

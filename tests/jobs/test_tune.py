@@ -84,6 +84,7 @@ def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket
     best_run = registry.find(result.challenger).run_id
     history = client.get_metric_history(best_run, "valid/lower_bound")
     assert {point.step: point.value for point in history} == pytest.approx(bounds, rel=1e-6)
+    assert client.get_run(best_run).data.metrics["test/lower_bound"] == pytest.approx(bare.test().mean, rel=1e-6)
     assert client.get_run(best_run).data.params["num_steps"] == str(bare.config.model.num_steps)
     registered = registry.find(result.model)
     assert registered.tags["search"] == run_id(result)
