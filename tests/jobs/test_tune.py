@@ -38,6 +38,7 @@ BASE = TrainConfig(
 )
 GRID = Grid((1, 3), (0.2,), (0.05, 0.3))
 HALVING = HalvingConfig(grace_epochs=1, reduction_factor=3)
+STORE = "s3://infusion/tests/tune"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,25 @@ def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket
     assert "Figure 7" in html
 
 
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: str, dataset: str) -> SearchResult:
+    """A search of longer trainings."""
+    points = grid_points(GRID, dataclasses.replace(BASE, epochs=27))
+    return search(points, dataset, STORE, "undisturbed", HALVING, TrialResources(max_concurrent=1))
+
+
+def test_the_best_is_found_for_a_part_of_the_full_grids_epochs(undisturbed: SearchResult, dataset: str) -> None:
+    bounds = {}
+    for point in grid_points(GRID, dataclasses.replace(BASE, epochs=27)):
+        training = Training(point.config, dataset, Manifest.load(dataset))
+        list(training.epochs())
+        bounds[point.name] = training.finish().mean
+    assert undisturbed.epochs_of_full_grid == 6 * 27
+    assert undisturbed.epochs_trained <= 0.4 * 6 * 27
+    best = max(bounds.values())
+    assert undisturbed.valid_lower_bound >= best - 0.01 * abs(best)
+
+
 def test_trials_in_groups_of_workers(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
     points = grid_points(Grid(constant=(0.3, 0.05)), dataclasses.replace(BASE, epochs=3))
     # A group is slow to start: in this form the first trial is trained in one stretch.
@@ -143,18 +163,12 @@ def test_a_trial_that_diverges_fails_and_says_why(ray_cluster: str, dataset: str
 class TestKilled:
     """A search of which a trial's process is killed, then the driver, both with SIGKILL, and that is resumed."""
 
-    STORE = "s3://infusion/tests/tune"
-    ONE_SLOT = TrialResources(max_concurrent=1)
-
     def test_it_ends_as_one_that_was_not(
-        self, ray_cluster: str, client_env: Mapping[str, str], dataset: str, tmp_path: Path
+        self, client_env: Mapping[str, str], dataset: str, undisturbed: SearchResult, tmp_path: Path
     ) -> None:
-        points = grid_points(GRID, dataclasses.replace(BASE, epochs=27))
-        search(points, dataset, self.STORE, "undisturbed", HALVING, self.ONE_SLOT)
-        undisturbed = trials_of(f"{self.STORE}/undisturbed")
-        folder = f"{self.STORE}/killed"
+        folder = f"{STORE}/killed"
         command = [
-            *(sys.executable, "-m", "jobs.tune", dataset, "--runs", self.STORE, "--name", "killed", "--json"),
+            *(sys.executable, "-m", "jobs.tune", dataset, "--runs", STORE, "--name", "killed", "--json"),
             *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
             *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", "27", "--validate-every", "1"),
             *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
@@ -187,7 +201,7 @@ class TestKilled:
         assert ended_before, before_kill
         for name in ended_before:
             assert after[name] == before[name]
-        for name, expected in undisturbed.items():
+        for name, expected in trials_of(undisturbed.folder).items():
             for field in ("status", "epoch", "bound", "best_bound", "reason"):
                 assert after[name][field] == expected[field], (name, field)
         by_run = statuses("infusion-digits", search_run)
