@@ -215,8 +215,7 @@ def search(
         },
         tags={
             SEARCH_TAG: name,
-            "mlflow.source.git.commit": tracking.git_commit(),
-            "mlflow.source.name": "jobs.tune",
+            **_source_tags(),
             "folder": folder,
             **{key: str(value) for key, value in asdict(resources).items()},
         },
@@ -302,6 +301,10 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return differences
 
 
+def _source_tags() -> dict[str, str]:
+    return {"mlflow.source.git.commit": tracking.git_commit(), "mlflow.source.name": "jobs.tune"}
+
+
 def _trial_runs(
     points: Sequence[Point],
     parent: TrackedRun,
@@ -325,7 +328,7 @@ def _trial_runs(
             parent,
             point.name,
             params={**flat(point.config), **data},
-            tags={"folder": storage.join(folder, TRIALS_FOLDER, point.name)},
+            tags={**_source_tags(), "folder": storage.join(folder, TRIALS_FOLDER, point.name)},
         )
         for point in points
     }
