@@ -34,7 +34,7 @@ from pipeline.progress import Progress
 from pipeline.ray_training import check_name, flat, read_json, register, write_json
 from pipeline.report import REPORT_FILE, report
 from pipeline.search_grid import Point
-from pipeline.search_state import SAMPLES_FILE, SEARCH_TAG, TRIALS_FOLDER, SearchState
+from pipeline.search_state import ENDED, SAMPLES_FILE, SEARCH_TAG, TRIALS_FOLDER, SearchState
 from pipeline.search_trial import (
     BOUND,
     EPOCH,
@@ -242,12 +242,22 @@ def search(
             )
             for point in points
         }
+        if earlier is not None:
+            trials.settle_earlier()
         with _reported(run, folder):
             if not state.ended:
                 _tune(trials, specs, resources, folder)
             result = _conclude(trials, specs, manifest, name, run, folder, resources)
         write_json(storage.join(folder, SEARCH_FILE), {**record, "result": asdict(result)})
+        for trial, known in state.trials.items():
+            if known.status == "finished" and _is_dropped(trial, result.best, resources.keep):
+                _delete_checkpoints(folder, trial)
+    _write_report(run, folder)
     return result
+
+
+def _is_dropped(trial: str, best: str, keep: Keep) -> bool:
+    return keep == "none" or (keep == "best" and trial != best)
 
 
 def _check_points(points: Sequence[Point], dataset: str, manifest: Manifest, num_workers: int) -> None:
@@ -375,11 +385,11 @@ class _Trials:
         before = self.state.epochs_trained + self.state.epochs_saved
         self._note_start(name, result)
         if FAILURE in result:
-            self._ended(self.state.fail(name, result[FAILURE]))
+            ended = self.state.fail(name, result[FAILURE])
         else:
             seconds = result["time_this_iter_s"]
-            self._ended(self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN)))
-        self.state.save()
+            ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN))
+        self._settle(ended)
         self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
         goes_on = self.state.trials[name].status == "running"
         if not goes_on:
@@ -389,10 +399,15 @@ class _Trials:
     def died(self, name: str, reason: str) -> None:
         """Notes that a trial's processes died."""
         sys.stderr.write(f"{name}: its process died: {reason}\n")
-        self._ended(self.state.die(name, reason, self.max_failures))
-        self.state.save()
+        self._settle(self.state.die(name, reason, self.max_failures))
 
-    def _ended(self, names: Sequence[str]) -> None:
+    def settle_earlier(self) -> None:
+        """Does what may have been left undone for trials that had ended when the search was interrupted."""
+        self._settle([name for name, trial in self.state.trials.items() if trial.status in ENDED])
+
+    def _settle(self, names: Sequence[str]) -> None:
+        """Writes the state, then does what follows from it for trials that have ended; all of it can be repeated."""
+        self.state.save()
         for name in names:
             trial = self.state.trials[name]
             status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}[trial.status]
@@ -543,18 +558,12 @@ class _Events(tune.Callback):
 
 @contextlib.contextmanager
 def _reported(run: TrackedRun, folder: str) -> Iterator[None]:
-    """Keeps the search's report up to date while the block runs, and writes it once more when it ends."""
+    """Keeps the search's report up to date while the block runs."""
     ended = threading.Event()
-
-    def write() -> None:
-        try:
-            report([run.run_id], folder)
-        except UserError as error:
-            sys.stderr.write(f"the report cannot be written now: {error}\n")
 
     def keep_writing() -> None:
         while not ended.wait(REPORT_EVERY_SECONDS):
-            write()
+            _write_report(run, folder)
 
     writer = threading.Thread(target=keep_writing, daemon=True)
     writer.start()
@@ -563,7 +572,14 @@ def _reported(run: TrackedRun, folder: str) -> Iterator[None]:
     finally:
         ended.set()
         writer.join()
-        write()
+
+
+def _write_report(run: TrackedRun, folder: str) -> None:
+    try:
+        report([run.run_id], folder)
+    except Exception as error:
+        # Whatever is wrong with a picture is no reason to lose a search.
+        sys.stderr.write(f"the report cannot be written now: {error}\n")
 
 
 def _tune(trials: _Trials, specs: Mapping[str, TrialSpec], resources: TrialResources, folder: str) -> None:
@@ -645,10 +661,6 @@ def _conclude(
     trained = register(
         TrainConfig.from_json(spec.config), manifest, spec.folder, best, best_run, {"search": run.run_id}
     )
-    if resources.keep != "all":
-        for trial in finished:
-            if resources.keep == "none" or trial != best:
-                _delete_checkpoints(folder, trial)
     result = SearchResult(
         search=name,
         best=best,

@@ -39,6 +39,7 @@ BASE = TrainConfig(
 GRID = Grid((1, 3), (0.2,), (0.05, 0.3))
 HALVING = HalvingConfig(grace_epochs=1, reduction_factor=3)
 STORE = "s3://infusion/tests/tune"
+LONG = 45
 
 
 @pytest.fixture(scope="module")
@@ -113,18 +114,18 @@ def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster: str, dataset: str) -> SearchResult:
     """A search of longer trainings."""
-    points = grid_points(GRID, dataclasses.replace(BASE, epochs=27))
+    points = grid_points(GRID, dataclasses.replace(BASE, epochs=LONG))
     return search(points, dataset, STORE, "undisturbed", HALVING, TrialResources(max_concurrent=1))
 
 
 def test_the_best_is_found_for_a_part_of_the_full_grids_epochs(undisturbed: SearchResult, dataset: str) -> None:
     bounds = {}
-    for point in grid_points(GRID, dataclasses.replace(BASE, epochs=27)):
+    for point in grid_points(GRID, dataclasses.replace(BASE, epochs=LONG)):
         training = Training(point.config, dataset, Manifest.load(dataset))
         list(training.epochs())
         bounds[point.name] = training.finish().mean
-    assert undisturbed.epochs_of_full_grid == 6 * 27
-    assert undisturbed.epochs_trained <= 0.4 * 6 * 27
+    assert undisturbed.epochs_of_full_grid == 6 * LONG
+    assert undisturbed.epochs_trained <= 0.4 * 6 * LONG
     best = max(bounds.values())
     assert undisturbed.valid_lower_bound >= best - 0.01 * abs(best)
 
@@ -170,7 +171,7 @@ class TestKilled:
         command = [
             *(sys.executable, "-m", "jobs.tune", dataset, "--runs", STORE, "--name", "killed", "--json"),
             *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
-            *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", "27", "--validate-every", "1"),
+            *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", str(LONG), "--validate-every", "1"),
             *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
             *("--objective", "denoising", "--synchronise-normalisation"),
         ]
@@ -182,8 +183,8 @@ class TestKilled:
             killed = trial_process()
             assert killed is not None
             killed.kill()
-            await_that(lambda: epochs_of(folder) >= 16 and trial_process() != killed, driver, log)
-            before_kill = trials_of(folder)
+            await_that(lambda: any(trial["deaths"] for trial in trials_of(folder).values()), driver, log)
+            await_that(lambda: epochs_of(folder) >= 12, driver, log)
         finally:
             driver.kill()
             driver.wait()
@@ -198,7 +199,7 @@ class TestKilled:
         assert resumed.returncode == 0, resumed.stderr
         after = trials_of(folder)
         ended_before = [name for name, trial in before.items() if trial["status"] in ("finished", "pruned")]
-        assert ended_before, before_kill
+        assert ended_before
         for name in ended_before:
             assert after[name] == before[name]
         for name, expected in trials_of(undisturbed.folder).items():
