@@ -6,7 +6,8 @@ r"""Searches a grid of infusion rates, pruned by successive halving, and registe
 Every combination of the grid's values is a trial: a training as `jobs.train` runs it. Trials are compared on the
 validation lower bound at rungs, and about one in `--reduction-factor` goes on from each. Settings that are not searched
 over come from a preset; single fields of it are overridden by the options below. A search that was killed goes on when
-the same command is submitted with --resume.
+the same command is submitted with --resume. A search of another grid takes over what it has in common with an earlier
+one with --reuse.
 
 To watch its curves: `tensorboard --logdir URI`, with the address that the search prints, or the runs nested under the
 search's run in MLflow.
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--name", help="name of the search (default: a new one)")
     parser.add_argument("--resume", action="store_true", help="go on with the search of that name")
+    parser.add_argument(
+        "--reuse", metavar="NAME", help="take over from an earlier search of that name the trials that both have"
+    )
     parser.add_argument(
         "--preset",
         metavar="{" + ",".join(PRESETS) + "}",
@@ -97,7 +101,7 @@ def _search(args: argparse.Namespace) -> "SearchResult":
         sep="\n",
         file=sys.stderr,
     )
-    return search(points, args.dataset, args.runs, name, halving, resources, resume=args.resume)
+    return search(points, args.dataset, args.runs, name, halving, resources, resume=args.resume, reuse=args.reuse)
 
 
 def _over(texts: Sequence[str]) -> Mapping[str, tuple[Any, ...]]:

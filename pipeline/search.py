@@ -34,7 +34,16 @@ from pipeline.progress import Progress
 from pipeline.ray_training import check_name, flat, read_json, register, write_json
 from pipeline.report import REPORT_FILE, report
 from pipeline.search_grid import Point
-from pipeline.search_state import ENDED, SAMPLES_FILE, SEARCH_TAG, TRIALS_FOLDER, SearchState
+from pipeline.search_reuse import earlier_trials, take_over
+from pipeline.search_state import (
+    ENDED,
+    SAMPLES_FILE,
+    SEARCH_FILE,
+    SEARCH_TAG,
+    TRIALS_FOLDER,
+    Criterion,
+    SearchState,
+)
 from pipeline.search_trial import (
     BOUND,
     EPOCH,
@@ -50,12 +59,10 @@ from pipeline.tracking import TrackedRun
 from pipeline.train_worker import FIRST_STEP_AT, OUTCOME_FILE
 from pipeline.training import TrainConfig, check_fit
 
-SEARCH_FILE = "search.json"
 TUNE_FOLDER = "tune"
 REPORT_EVERY_SECONDS = 60
 
 Keep = Literal["best", "none", "all"]
-Criterion = Literal["lower_bound", "parzen"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +124,7 @@ class SearchResult:
         finished: trained in full.
         pruned: stopped at a rung.
         failed: diverged, or died too often.
+        reused: of all these, those that were taken over from an earlier search.
         epochs_trained: by all trials.
         epochs_of_full_grid: what training all of them in full would have taken.
         device_seconds: that trials have trained for, all workers added up.
@@ -138,6 +146,7 @@ class SearchResult:
     finished: int
     pruned: int
     failed: int
+    reused: int
     epochs_trained: int
     epochs_of_full_grid: int
     device_seconds: float
@@ -157,6 +166,7 @@ def search(
     resources: TrialResources,
     *,
     resume: bool = False,
+    reuse: str | None = None,
 ) -> SearchResult:
     """Trains the points of a grid as far as successive halving lets them, and registers the best as `challenger`.
 
@@ -168,6 +178,7 @@ def search(
         halving: how trials are compared and pruned.
         resources: what every trial runs on.
         resume: go on with the search of that name.
+        reuse: name of an earlier search in the same place, from which trials of the same configuration are taken over.
 
     Raises:
         UserError: something that the user can mend is wrong; nothing was started, or what there is can be resumed.
@@ -197,7 +208,12 @@ def search(
         _check_resumable(earlier, asked, name, resume)
         if "result" in earlier:
             return SearchResult(**earlier["result"])
-    state = SearchState.open(folder, halving, [point.name for point in points], points[0].config.epochs)
+    state = SearchState.new(folder, halving, [point.name for point in points], points[0].config.epochs)
+    in_common = {}
+    if earlier is not None:
+        state.restore()
+    elif reuse is not None:
+        in_common = earlier_trials(storage.join(store, reuse), points, data["dataset_fingerprint"], resources.criterion)
     cluster.connect()
     cluster.check_capacity(resources.num_workers, resources.per_worker)
     slots = int(min(cluster.most_workers(resources.per_worker) // resources.num_workers, len(points)))
@@ -222,6 +238,8 @@ def search(
         resume=TrackedRun(**earlier["mlflow_run"]) if earlier else None,
     ) as run:
         runs = _trial_runs(points, run, folder, data, earlier)
+        take_over(in_common, state, runs, folder)
+        state.save()
         record = {**asked, "mlflow_run": asdict(run), "trial_runs": {name: asdict(run) for name, run in runs.items()}}
         write_json(storage.join(folder, SEARCH_FILE), record)
         run.log_file("search.json", json.dumps(record, indent=2).encode())
@@ -242,8 +260,7 @@ def search(
             )
             for point in points
         }
-        if earlier is not None:
-            trials.settle_earlier()
+        trials.settle_ended()
         with _reported(run, folder):
             if not state.ended:
                 _tune(trials, specs, resources, folder)
@@ -294,7 +311,7 @@ def _check_resumable(earlier: Mapping[str, Any], asked: Mapping[str, Any], name:
     if changed:
         raise UserError(
             f"search {name} was started with another grid or other settings: {'; '.join(changed)}; resume it with the "
-            "same ones, or start a new search under another --name"
+            f"same ones, or start a new search under another --name, with --reuse {name} for what both have in common"
         )
     if not resume and "result" not in earlier:
         raise UserError(f"search {name} was begun already; give --resume to go on with it, or choose another --name")
@@ -401,8 +418,8 @@ class _Trials:
         sys.stderr.write(f"{name}: its process died: {reason}\n")
         self._settle(self.state.die(name, reason, self.max_failures))
 
-    def settle_earlier(self) -> None:
-        """Does what may have been left undone for trials that had ended when the search was interrupted."""
+    def settle_ended(self) -> None:
+        """Does what may be undone for trials that ended before this: in another search, or before an interruption."""
         self._settle([name for name, trial in self.state.trials.items() if trial.status in ENDED])
 
     def _settle(self, names: Sequence[str]) -> None:
@@ -646,8 +663,7 @@ def _conclude(
     finished = {
         trial: score
         for trial, known in state.trials.items()
-        if known.status == "finished"
-        and (score := known.parzen if resources.criterion == "parzen" else known.best_bound) is not None
+        if known.status == "finished" and math.isfinite(score := known.score(resources.criterion))
     }
     if not finished:
         reasons = "; ".join(f"{trial}: {known.reason}" for trial, known in state.trials.items() if known.reason)
@@ -672,6 +688,7 @@ def _conclude(
         finished=state.count("finished"),
         pruned=state.count("pruned"),
         failed=state.count("failed"),
+        reused=sum(trial.reused > 0 for trial in state.trials.values()),
         epochs_trained=state.epochs_trained,
         epochs_of_full_grid=len(state.trials) * state.epochs,
         device_seconds=resources.num_workers * sum(trial.seconds for trial in state.trials.values()),

@@ -7,7 +7,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
@@ -32,14 +32,14 @@ class ReportedTrial:
     Attributes:
         name: the trial's name.
         config: the training that it is.
-        state: what the search knows of it: `status`, `epoch`, `best_bound`, `reason`, …
+        state: what the search knows of it.
         history: the metrics of every epoch, with `epoch`.
         samples: means that its last checkpoint draws, if it came so far.
     """
 
     name: str
     config: TrainConfig
-    state: Mapping[str, Any]
+    state: Trial
     history: tuple[Mapping[str, float], ...]
     samples: Image.Image | None
 
@@ -56,8 +56,7 @@ class ReportedTrial:
     @property
     def bound(self) -> float | None:
         """The best validation bound, nats per image."""
-        bound: float | None = self.state["best_bound"]
-        return bound
+        return self.state.best_bound
 
     def last(self, metric: str) -> float | None:
         """Returns the last value of a metric."""
@@ -119,7 +118,7 @@ def gather_search(run_id: str) -> ReportedSearch | None:
             ReportedTrial(
                 name=name,
                 config=TrainConfig.from_json(fields),
-                state=known.get(name, asdict(Trial())),
+                state=Trial(**known.get(name, {})),
                 history=tuple({"epoch": epoch, **metrics} for epoch, metrics in sorted(rows.items())),
                 samples=_picture(storage.join(folder, TRIALS_FOLDER, name, SAMPLES_FILE)),
             )
@@ -138,8 +137,8 @@ def search_sections(search: ReportedSearch) -> list[Section]:
     """Returns what the page says of a search."""
     tags, halving = search.run.data.tags, search.record["halving"]
     epochs = max(trial.config.epochs for trial in search.trials)
-    trained, full = sum(trial.state["epoch"] for trial in search.trials), epochs * len(search.trials)
-    seconds = sum(trial.state["seconds"] for trial in search.trials) * int(tags.get("num_workers", "1"))
+    trained, full = sum(trial.state.epochs_trained for trial in search.trials), epochs * len(search.trials)
+    seconds = sum(trial.state.seconds for trial in search.trials) * int(tags.get("num_workers", "1"))
     facts = [
         ("MLflow run", search.tracked.uri),
         ("status", search.run.info.status),
@@ -162,9 +161,9 @@ def _full_hours(search: ReportedSearch) -> float:
     hours = 0.0
     for num_steps in {trial.config.model.num_steps for trial in search.trials}:
         same = [trial for trial in search.trials if trial.config.model.num_steps == num_steps]
-        epochs = sum(trial.state["epoch"] for trial in same)
+        epochs = sum(trial.state.epochs_trained for trial in same)
         if epochs:
-            seconds = sum(trial.state["seconds"] for trial in same) / epochs
+            seconds = sum(trial.state.seconds for trial in same) / epochs
             hours += workers * seconds * sum(trial.config.epochs for trial in same) / 3600
     return hours
 
@@ -178,7 +177,9 @@ def _trials_table(search: ReportedSearch) -> Table:
     rows = []
     for trial in ordered:
         model, resolved = trial.config.model, _resolved(trial.config)
-        status = trial.state["status"] + (f" {trial.state['reason']}" if trial.state["reason"] else "")
+        status = " ".join(
+            [trial.state.status, *filter(None, [trial.state.reason, "(taken over)" if trial.state.reused else ""])]
+        )
         rows.append(
             (
                 trial.name == best,
@@ -191,7 +192,7 @@ def _trials_table(search: ReportedSearch) -> Table:
                     number(trial.bound) or NOT_MEASURED,
                     number(trial.last("test/lower_bound")) or NOT_MEASURED,
                     number(trial.last("valid/parzen")) or NOT_MEASURED,
-                    str(trial.state["epoch"]),
+                    str(trial.state.epoch),
                     setting(model.variance_floor),
                     status,
                 ],
@@ -218,7 +219,7 @@ def _seeds_table(search: ReportedSearch) -> list[Table]:
         groups[same].append(trial)
     rows = []
     for name, trials in groups.items():
-        bounds = [trial.bound for trial in trials if trial.bound is not None and trial.state["status"] == "finished"]
+        bounds = [trial.bound for trial in trials if trial.bound is not None and trial.state.status == "finished"]
         spread = f" ± {number(stdev(bounds))}" if len(bounds) > 1 else ""
         rows.append((False, [name, f"{number(mean(bounds))}{spread}" if bounds else NOT_MEASURED, str(len(bounds))]))
     note = "Mean and standard deviation of the best validation bound over the seeds that were trained in full."
@@ -259,7 +260,7 @@ def _pictures(search: ReportedSearch) -> list[Picture]:
     for kind in ("increasing", "constant"):
         for trial in _by_rate(search, kind):
             if trial.bound is not None:
-                finished = trial.state["status"] == "finished"
+                finished = trial.state.status == "finished"
                 by_rate[trial.config.model.num_steps][kind].append((trial.rate, trial.bound, finished))
     if by_rate:
         pictures.append(
@@ -295,7 +296,7 @@ def _pictures(search: ReportedSearch) -> list[Picture]:
             )
         )
     samples = {
-        f"{trial.name}: {number(trial.bound)} nats after {trial.state['epoch']} epochs": trial.samples
+        f"{trial.name}: {number(trial.bound)} nats after {trial.state.epoch} epochs": trial.samples
         for trial in sorted(search.trials, key=lambda trial: (trial.config.model.num_steps, trial.kind, trial.rate))
         if trial.samples is not None
     }

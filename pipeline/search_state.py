@@ -6,15 +6,17 @@ checkpoints, which are never older than what is written here.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.successive_halving import Decision, HalvingConfig, SuccessiveHalving
 
+SEARCH_FILE = "search.json"
 STATE_FILE = "state.json"
 TRIALS_FOLDER = "trials"
 _READ_ATTEMPTS = 10
@@ -24,6 +26,7 @@ SEARCH_TAG = "infusion.search"
 
 Status = Literal["pending", "running", "waiting", "pruned", "finished", "failed"]
 ENDED = ("pruned", "finished", "failed")
+Criterion = Literal["lower_bound", "parzen"]
 
 
 @dataclass
@@ -39,6 +42,7 @@ class Trial:
         seconds: for how long it has been trained, as far as is known.
         deaths: how often its processes died.
         reason: why it failed, or where it was pruned.
+        reused: how many of its epochs another search had trained it for.
     """
 
     status: Status = "pending"
@@ -49,6 +53,17 @@ class Trial:
     seconds: float = 0.0
     deaths: int = 0
     reason: str = ""
+    reused: int = 0
+
+    @property
+    def epochs_trained(self) -> int:
+        """How many epochs it has been trained for by this search."""
+        return self.epoch - self.reused
+
+    def score(self, criterion: Criterion) -> float:
+        """Returns what trials that were trained in full are compared by; -∞ if it was not measured."""
+        score = self.parzen if criterion == "parzen" else self.best_bound
+        return -math.inf if score is None else score
 
 
 @dataclass
@@ -69,22 +84,51 @@ class SearchState:
     _interrupted: list[str] = field(default_factory=list)
 
     @classmethod
-    def open(cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int) -> "SearchState":
-        """Returns the state that was kept in a folder, or a new one.
+    def new(cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int) -> "SearchState":
+        """Returns the state of a search that has not begun.
 
         Raises:
-            UserError: a trial of so few epochs cannot be compared as told, or the folder cannot be read.
+            UserError: a trial of so few epochs cannot be compared as told.
         """
         trials = {name: Trial() for name in names}
-        state = cls(folder, SuccessiveHalving(config, list(trials), epochs), epochs, trials)
-        kept = read_state(folder)
-        if kept is None:
-            return state
-        state.halving.restore(kept["halving"])
+        return cls(folder, SuccessiveHalving(config, list(trials), epochs), epochs, trials)
+
+    def restore(self) -> None:
+        """Goes back to the state that was kept in the folder.
+
+        Raises:
+            UserError: the folder cannot be read.
+        """
+        kept = read_state(self.folder)
+        assert kept is not None, "the state is written before what tells that there is a search"
+        self.halving.restore(kept["halving"])
         for name, fields in kept["trials"].items():
-            state.trials[name] = Trial(**fields)
-        state._interrupted = [name for name, trial in state.trials.items() if trial.status == "running"]
-        return state
+            self.trials[name] = Trial(**fields)
+        self._interrupted = [name for name, trial in self.trials.items() if trial.status == "running"]
+
+    def take_over(self, name: str, earlier: Trial, bounds: Mapping[int, float]) -> bool:
+        """Takes over what another search knows of a trial that has not begun.
+
+        Args:
+            name: the trial.
+            earlier: what is known of it.
+            bounds: its validation lower bounds, by epoch.
+
+        Returns:
+            Whether it is of use: the trial was trained in full, or can be compared by the bounds that it had at rungs.
+        """
+        finished = earlier.status == "finished"
+        if not finished and earlier.status not in ("pruned", "waiting"):
+            return False
+        if not self.halving.replay(name, bounds, finished=finished):
+            return False
+        known = replace(earlier, seconds=0.0, deaths=0, reused=earlier.epoch)
+        if finished:
+            self.trials[name] = known
+            self.halving.end(name)
+        else:
+            self.trials[name] = replace(known, status="waiting", reason="")
+        return True
 
     def save(self) -> None:
         """Writes the state."""
@@ -109,6 +153,9 @@ class SearchState:
             if name is None:
                 return None
             self.halving.promote(name)
+            if self.trials[name].reused:
+                # It is known by its bounds only, and trained anew.
+                self.trials[name].epoch = self.trials[name].reused = 0
         self.trials[name].status = "running"
         self.halving.begin(name)
         return name
@@ -127,18 +174,18 @@ class SearchState:
         trial.seconds += seconds
         if epoch >= self.epochs:
             self._end(name, "finished")
-            return [name, *self._prune_beaten()]
+            return [name, *self.prune_beaten()]
         decision = self.halving.report(name, epoch, bound)
         if decision == Decision.WAIT:
             trial.status = "waiting"
         elif decision == Decision.STOP:
             self._end(name, "pruned", f"after epoch {epoch}")
-        return [*([name] if decision == Decision.STOP else []), *self._prune_beaten()]
+        return [*([name] if decision == Decision.STOP else []), *self.prune_beaten()]
 
     def fail(self, name: str, reason: str) -> list[str]:
         """Notes that a trial has failed for good; returns the trials that have ended by it."""
         self._end(name, "failed", reason)
-        return [name, *self._prune_beaten()]
+        return [name, *self.prune_beaten()]
 
     def die(self, name: str, reason: str, max_deaths: int) -> list[str]:
         """Notes that a running trial's processes died; it goes on from its checkpoint as soon as a slot is free.
@@ -157,7 +204,8 @@ class SearchState:
         self.trials[name].status, self.trials[name].reason = status, reason
         self.halving.end(name)
 
-    def _prune_beaten(self) -> list[str]:
+    def prune_beaten(self) -> list[str]:
+        """Ends the waiting trials that cannot go on any more; returns them."""
         beaten = self.halving.beaten()
         for name in beaten:
             self._end(name, "pruned", f"after epoch {self.trials[name].epoch}")
@@ -169,13 +217,13 @@ class SearchState:
 
     @property
     def epochs_trained(self) -> int:
-        """Epochs that all trials have been trained for."""
-        return sum(trial.epoch for trial in self.trials.values())
+        """Epochs that all trials have been trained for by this search."""
+        return sum(trial.epochs_trained for trial in self.trials.values())
 
     @property
     def epochs_saved(self) -> int:
         """Epochs that trials which have ended were not trained for."""
-        return sum(self.epochs - trial.epoch for trial in self.trials.values() if trial.status in ENDED)
+        return sum(self.epochs - trial.epochs_trained for trial in self.trials.values() if trial.status in ENDED)
 
     @property
     def best(self) -> tuple[float, str] | None:

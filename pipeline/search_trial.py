@@ -32,7 +32,7 @@ from pipeline.figures import png, samples_picture
 from pipeline.manifest import Manifest
 from pipeline.ray_failures import StopAtUserError, user_error
 from pipeline.search_state import SAMPLES_FILE
-from pipeline.train_worker import FIRST_STEP_AT, OUTCOME_FILE, final_metrics, log_epochs, train_worker, write_outcome
+from pipeline.train_worker import FIRST_STEP_AT, final_metrics, log_epochs, train_worker, write_outcome
 from pipeline.training import EpochReport, TrainConfig, Training, Worker
 
 CHECKPOINT_FILE = "checkpoint.json"
@@ -212,7 +212,6 @@ class GroupTrial(tune.Trainable):
         """Starts the group; it goes on from its last checkpoint if it has one. Arguments as in `DeviceTrial`."""
         spec = specs[config["point"]]
         self._epochs = int(spec.config["epochs"])
-        self._folder = spec.folder
         self._reports: Queue = Queue(actor_options={"num_cpus": 0})
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, args=(spec,), daemon=True)
@@ -260,10 +259,7 @@ class GroupTrial(tune.Trainable):
             self._thread.join()
             if self._error is not None:
                 return self._failed(0 if report is None else report[EPOCH])
-        if report is None:
-            # The last epoch had been trained, but not reported, when the trial was interrupted.
-            outcome = json.loads(storage.read_bytes(storage.join(self._folder, OUTCOME_FILE)))
-            report = outcome["history"][-1]
+        assert report is not None, "a group that ends without its last report has failed"
         return {**report, "timesteps_total": report[EPOCH], "done": report[EPOCH] == self._epochs}
 
     def _failed(self, epoch: int) -> dict[str, Any]:

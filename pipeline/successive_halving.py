@@ -16,7 +16,7 @@ knows follows from what was recorded at the rungs, who has passed, and who has e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -152,6 +152,28 @@ class SuccessiveHalving:
             rung.passed.add(trial)
             return Decision.GO_ON
         return Decision.STOP if self._beaten(trial, rung) else Decision.WAIT
+
+    def replay(self, trial: str, values: Mapping[int, float], *, finished: bool) -> bool:
+        """Records the values that another search had of a trial, which waits at the last rung that they reach.
+
+        Args:
+            trial: its name; it has not begun.
+            values: by epoch.
+            finished: whether it was trained in full, and waits nowhere.
+
+        Returns:
+            Whether it can be compared by them. A trial that waits cannot, where none waits or if it comes to no rung.
+        """
+        reached = [rung for rung in self._of(trial) if values and rung.epoch <= max(values)]
+        if not finished and (self.config.halving != "promoting" or not reached):
+            return False
+        for rung in reached:
+            rung.recorded[trial] = values[min(epoch for epoch in values if epoch >= rung.epoch)]
+            rung.passed.add(trial)
+        if not finished:
+            reached[-1].passed.remove(trial)
+        self.begin(trial)
+        return True
 
     def end(self, trial: str) -> None:
         """Notes that a trial will report no more: it was stopped, has finished or has failed."""

@@ -70,6 +70,9 @@ def train_worker(spec: dict[str, Any]) -> None:
     with _system_metrics(spec["run"], context.get_node_rank(), context.get_local_rank() == 0):
         unlogged: list[tuple[int, dict[str, float]]] = []
         first_step_at: list[float] = []
+        if training.epoch:
+            # The report that belongs to the checkpoint may have been lost with whoever waited for it.
+            ray.train.report({FIRST_STEP_AT: 0.0, **training.history[-1]})
         for report in _with_progress(training, spec["label"], chief, first_step_at):
             unlogged.append((report.epoch, report.metrics))
             if not report.validated:

@@ -166,6 +166,7 @@ class TestTune:
             (["s3://infusion/x", "--grace-epochs", "500"], "compared after 500 epochs first"),
             (["s3://infusion/x", "--threads-per-worker", "1000"], "can never run: the cluster holds 0 such workers"),
             (["/dev/null/x"], "/dev/null/x/"),
+            (["s3://infusion/x", "--reuse", "none"], "there is no search in s3://infusion/x/none to reuse"),
             (["s3://no-such-bucket/x"], "there is no bucket s3://no-such-bucket"),
             (["s3://infusion/x", "--preset", "cifar10", "--criterion", "parzen"], "give --parzen-bandwidth"),
         ):

@@ -12,15 +12,19 @@ from typing import Any
 import psutil
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
+from ray import tune
 from ray.util.state import list_actors, list_placement_groups
 
 from infusion_core.model import ModelConfig
-from pipeline import model_package, registry, sources, storage
+from pipeline import model_package, registry, sources, storage, tracking
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
-from pipeline.search import SEARCH_FILE, SearchResult, TrialResources, search
+from pipeline.search import SearchResult, TrialResources, search
 from pipeline.search_grid import Grid, grid_points
-from pipeline.search_state import read_state
+from pipeline.search_reuse import REUSED_TAG
+from pipeline.search_state import SEARCH_FILE, read_state
+from pipeline.search_trial import GroupTrial, TrialSpec
 from pipeline.staging import stage
 from pipeline.successive_halving import HalvingConfig
 from pipeline.training import TrainConfig, Training
@@ -60,6 +64,10 @@ def statuses(experiment: str, search_run: str) -> dict[str, str]:
 
 def run_id(result: SearchResult) -> str:
     return result.mlflow_run.rpartition("/")[2]
+
+
+def run_of(result: SearchResult) -> Run:
+    return MlflowClient().get_run(run_id(result))
 
 
 def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
@@ -130,6 +138,38 @@ def test_the_best_is_found_for_a_part_of_the_full_grids_epochs(undisturbed: Sear
     assert undisturbed.valid_lower_bound >= best - 0.01 * abs(best)
 
 
+def test_a_wider_search_takes_over_what_was_found(undisturbed: SearchResult, dataset: str) -> None:
+    wider = Grid(GRID.num_steps, GRID.increasing, (*GRID.constant, 0.1))
+    points = grid_points(wider, dataclasses.replace(BASE, epochs=LONG))
+    one_slot = TrialResources(max_concurrent=1)
+    afresh = search(points, dataset, STORE, "wider-afresh", HALVING, one_slot)
+    result = search(points, dataset, STORE, "wider", HALVING, one_slot, reuse="undisturbed")
+    assert (result.best, result.valid_lower_bound) == (afresh.best, afresh.valid_lower_bound)
+    assert afresh.reused == 0
+    trials, before = trials_of(result.folder), trials_of(undisturbed.folder)
+    anew = {name for name, trial in trials.items() if trial["epoch"] > trial["reused"]}
+    assert {name for name in trials if name not in before} <= anew
+    assert result.reused == len(trials) - len(anew) >= 4
+    assert result.epochs_trained == sum(trials[name]["epoch"] for name in anew) < afresh.epochs_trained
+    # What was trained in full has its model and its curve, and is not trained again.
+    assert trials[undisturbed.best]["reused"] == LONG
+    client = MlflowClient()
+    runs = {
+        run.data.tags["mlflow.runName"]: run
+        for run in client.search_runs(
+            [run_of(result).info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id(result)}'"
+        )
+    }
+    assert {name for name, run in runs.items() if REUSED_TAG in run.data.tags} >= set(trials) - anew
+    taken = runs[undisturbed.best]
+    earlier = taken.data.tags[REUSED_TAG]
+    assert [
+        (point.step, point.value) for point in client.get_metric_history(taken.info.run_id, "valid/lower_bound")
+    ] == [(point.step, point.value) for point in client.get_metric_history(earlier, "valid/lower_bound")]
+    assert statuses("infusion-digits", run_id(result)).keys() == trials.keys()
+    assert "(taken over)" in storage.read_bytes(result.report).decode()
+
+
 def test_trials_in_groups_of_workers(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
     points = grid_points(Grid(constant=(0.05, 0.3)), dataclasses.replace(BASE, epochs=3))
     # A group is slow to start: in this form the first trial is trained in one stretch.
@@ -149,6 +189,32 @@ def test_trials_in_groups_of_workers(ray_cluster: str, dataset: str, bucket_uri:
     list(alone.epochs())
     assert result.valid_lower_bound == pytest.approx(alone.finish().mean, abs=5)
     await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, None)
+
+
+def test_a_group_that_goes_on_says_first_where_it_is(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    ((point,), folder) = grid_points(Grid(constant=(0.1,)), BASE), f"{bucket_uri}/going-on"
+    with tracking.owned_run("groups", "going-on", params={}, tags={}) as run:
+
+        def epochs_reported(epochs: int) -> list[tuple[int, float]]:
+            spec = TrialSpec(
+                point=point.name,
+                config=dataclasses.replace(point.config, epochs=epochs).to_json(),
+                dataset=dataset,
+                folder=folder,
+                run=dataclasses.asdict(run),
+                num_workers=2,
+            )
+            trial = tune.with_parameters(GroupTrial, specs={point.name: spec})({"point": point.name})
+            reports = []
+            while not (reports and reports[-1]["done"]):
+                reports.append(trial.step())
+            return [(report["epoch"], report["valid/lower_bound"]) for report in reports]
+
+        first = epochs_reported(2)
+        then = epochs_reported(4)
+    assert [epoch for epoch, _ in first] == [1, 2]
+    assert [epoch for epoch, _ in then] == [2, 3, 4]
+    assert then[0] == first[-1]
 
 
 def test_a_trial_that_diverges_fails_and_says_why(ray_cluster: str, dataset: str, bucket_uri: str) -> None:

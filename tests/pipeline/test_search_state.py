@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.search_state import STATE_FILE, SearchState, read_state
+from pipeline.search_state import STATE_FILE, SearchState, Trial, read_state
 from pipeline.successive_halving import HalvingConfig
 
 NAMES = ["a", "b", "c", "d"]
@@ -13,7 +13,13 @@ CONFIG = HalvingConfig(grace_epochs=2, reduction_factor=2)
 
 
 def opened(folder: Path) -> SearchState:
-    return SearchState.open(str(folder), CONFIG, NAMES, 8)
+    return SearchState.new(str(folder), CONFIG, NAMES, 8)
+
+
+def resumed_from(folder: Path) -> SearchState:
+    state = opened(folder)
+    state.restore()
+    return state
 
 
 def test_trials_begin_in_the_grids_order_and_wait_until_all_have_come(tmp_path: Path) -> None:
@@ -38,7 +44,7 @@ def test_a_resumed_search_gives_slots_first_to_what_was_being_trained(tmp_path: 
     state.report("a", 1, 5.0, 1.5)
     state.report("b", 2, 3.0, 1.0)
     state.save()
-    resumed = opened(tmp_path)
+    resumed = resumed_from(tmp_path)
     assert resumed.trials == state.trials
     assert [resumed.next() for _ in range(4)] == ["a", "c", "d", None]
     # It says where it is before it goes on; what it says a second time counts once.
@@ -79,4 +85,25 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     assert read_state(str(tmp_path)) is None
     (tmp_path / STATE_FILE).write_text('{"trials": ')
     with pytest.raises(UserError, match=f"{STATE_FILE} is not JSON"):
-        opened(tmp_path)
+        resumed_from(tmp_path)
+
+
+def test_a_trial_that_was_taken_over_counts_as_trained_only_when_it_is(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    assert state.take_over(
+        "a", Trial(status="finished", epoch=8, best_bound=1.0, seconds=9.0), {2: 1.0, 4: 1.0, 8: 1.0}
+    )
+    assert state.take_over("b", Trial(status="pruned", epoch=2, reason="after epoch 2"), {1: 0.0, 2: 5.0})
+    assert not state.take_over("c", Trial(status="failed", epoch=4), {4: 1.0})
+    assert (state.epochs_trained, state.epochs_saved) == (0, 8)
+    assert [state.trials[name].status for name in NAMES] == ["finished", "waiting", "pending", "pending"]
+    assert state.trials["a"].seconds == 0
+    for name in ("c", "d"):
+        assert state.next() == name
+        state.report(name, 2, -1.0, 1.0)
+    assert state.next() == "b"
+    assert (state.trials["b"].epoch, state.trials["b"].reused) == (0, 0)
+    state.report("b", 1, 0.0, 1.0)
+    state.report("b", 2, 5.0, 1.0)
+    assert state.trials["b"].status == "running"
+    assert (state.epochs_trained, state.trials["a"].reused) == (2 * 3, 8)

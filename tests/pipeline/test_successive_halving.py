@@ -172,6 +172,32 @@ def test_a_search_that_was_interrupted_prunes_as_if_it_had_not_been(halving) -> 
     assert disturbed.finished == undisturbed.finished
 
 
+def test_values_of_an_earlier_search_spare_its_trainings() -> None:
+    config = HalvingConfig(grace_epochs=3, reduction_factor=3)
+    state = SuccessiveHalving(config, names(27), EPOCHS)
+    best = sorted(state.trials, key=lambda trial: ranked(trial, 0), reverse=True)
+    # Of the earlier search, the third best was trained in full, and others to the first or the second rung.
+    known = {best[2]: EPOCHS, best[0]: 9, best[5]: 9, **dict.fromkeys(best[10:20], 3)}
+    for trial, epochs in known.items():
+        values = {epoch: ranked(trial, epoch) for epoch in range(1, epochs + 1)}
+        assert state.replay(trial, values, finished=epochs == EPOCHS)
+    state.end(best[2])
+    simulation = Simulation(state, ranked, 2, seed=0)
+    unknown = [trial for trial in state.trials if trial not in known]
+    simulation.fresh = list(unknown)
+    simulation.run()
+    assert simulation.finished == best[:1]
+    # Of those that are known, only the best has to be trained anew.
+    assert {trial for trial, epochs in simulation.epochs.items() if epochs} == {*unknown, best[0]}
+
+
+def test_values_that_come_to_no_rung_or_where_none_waits_are_of_no_use() -> None:
+    for halving, epochs in (("promoting", 2), ("stopping", 9), ("none", 9)):
+        state = SuccessiveHalving(HalvingConfig(halving=halving, grace_epochs=3), names(3), EPOCHS)
+        assert not state.replay("trial-0", {epochs: 1.0}, finished=False)
+        assert state.replay("trial-1", {EPOCHS: 1.0}, finished=True)
+
+
 def test_without_halving_every_trial_is_trained_in_full() -> None:
     simulation = Simulation(SuccessiveHalving(HalvingConfig(halving="none"), names(4), EPOCHS), ranked, 2, seed=0)
     simulation.run()
