@@ -3,6 +3,8 @@
 import io
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -41,15 +43,17 @@ def rate_curves(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]
             and bound.
         quantity: what the rate is: the rate increment ω of increasing schedules, or the rate α of constant ones.
     """
-    figure = Figure(figsize=(4.5 * len(curves), 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(curves), 3.8), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for panel, (title, by_rate) in zip(panels, sorted(curves.items()), strict=True):
-        for rate, points in by_rate.items():
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=rate)
+        # Rates are ordered, and a dozen of them are more than the default colours.
+        colours = colormaps["viridis"](np.linspace(0, 0.95, len(by_rate)))
+        for colour, (rate, points) in zip(colours, by_rate.items(), strict=True):
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=rate, color=colour)
         panel.set(title=title, xlabel="epoch", ylabel="lower bound (validation), nats per image")
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         panel.grid(alpha=0.3)
-        panel.legend(title=quantity, fontsize="small")
+        panel.legend(title=quantity, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
