@@ -1,19 +1,13 @@
-"""Measures what needs no services: training, sampling, memory."""
+"""Measures training and its memory."""
 
 import dataclasses
-import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from benchmarks.bare import middle, run_bare
 from benchmarks.setup import REPEATS, STEPS_PER_EPOCH, THREADS, Add, short, stage_epoch
 from infusion_core.model import ModelConfig
-from infusion_core.sampling import sample_batches
-from pipeline.manifest import Manifest
-from pipeline.training import new_model
 
 
 def training_flops_per_image(model: ModelConfig) -> float:
@@ -63,12 +57,4 @@ def measure_computation(folder: Path, add: Add) -> float:
         f"growth by training: {grown[60] / 2**20:.0f} over {grown[15] / 2**20:.0f} MiB",
     )
 
-    torch.set_num_threads(THREADS)
-    model = new_model(short(1), Manifest.load(dataset)).eval()
-    for _ in sample_batches(model, 1000, 0):
-        pass
-    start = time.perf_counter()
-    for _ in sample_batches(model, 4000, 0):
-        pass
-    add("samples_per_second", 4000 / (time.perf_counter() - start), "samples/s", "", f"T = 15, {THREADS} threads")
     return rate

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.computation import measure_computation
+from benchmarks.forward import measure_forward
 from benchmarks.setup import Row
 from pipeline.local_services import LocalServices
 
@@ -34,6 +35,7 @@ def main() -> int:
         folder = Path(name)
         # What runs bare is measured before the services start, which take a tenth of two cores even when idle.
         train_rate = measure_computation(folder, add)
+        measure_forward(add)
         services = LocalServices(folder, ports="free")
         try:
             services.up()

@@ -1,0 +1,85 @@
+"""Measures what runs the network forward only, against the machine's matrix products: sampling and evaluation."""
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+
+import torch
+
+from benchmarks.bare import matmul_rate
+from benchmarks.setup import BATCH, REPEATS, THREADS, Add, short
+from infusion_core.model import InfusionModel, ModelConfig
+from infusion_core.noise import GeneratorNoise
+from infusion_core.sampling import sample_batches
+from pipeline.bound_evaluation import CHUNK_IMAGES, sum_bound
+from pipeline.image_judges import ImportanceJudge
+from pipeline.training import estimate_statistics
+
+SAMPLES = 4000
+IMAGES = 2000
+STATISTICS_BATCHES = 4
+IMPORTANCE_IMAGES, CHAINS = 100, 40
+
+
+def forward_flops(model: ModelConfig) -> int:
+    """Counts the matrix products of one transition of one state."""
+    widths = [model.dimensions, *model.hidden_sizes, 2 * model.dimensions]
+    return 2 * sum(inputs * outputs for inputs, outputs in pairwise(widths))
+
+
+def measure_forward(add: Add) -> None:
+    """Takes the measurements, one after the other, with the paper's network."""
+    torch.set_num_threads(THREADS)
+    model = InfusionModel(short(1).model).eval()
+    images = torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8)
+
+    def sample(num_steps: int) -> None:
+        for _ in sample_batches(model, SAMPLES, 0, num_steps=num_steps):
+            pass
+
+    def bound() -> None:
+        sum_bound(model, enumerate(images.split(CHUNK_IMAGES)), 0)
+
+    def importance() -> None:
+        with torch.no_grad():
+            ImportanceJudge(0, (CHAINS,)).judge(model, images[:IMPORTANCE_IMAGES], 0)
+
+    def statistics() -> None:
+        estimate_statistics(model, iter(images.repeat(2, 1, 1, 1).split(BATCH)[:STATISTICS_BATCHES]), _noise())
+
+    steps = model.config.num_steps
+    for name, work, transitions, what in (
+        ("samples", lambda: sample(steps), SAMPLES * steps, f"{SAMPLES:,} samples, T = {steps}"),
+        ("samples_T30", lambda: sample(2 * steps), SAMPLES * 2 * steps, f"{SAMPLES:,} samples, T = {2 * steps}"),
+        ("bound", bound, IMAGES * steps, f"bound of {IMAGES:,} images"),
+        (
+            "importance_sampling",
+            importance,
+            IMPORTANCE_IMAGES * CHAINS * steps,
+            f"{IMPORTANCE_IMAGES} images × {CHAINS} chains",
+        ),
+        ("statistics", statistics, STATISTICS_BATCHES * BATCH * steps, "batch statistics of all steps"),
+    ):
+        rate, ceiling = _rates(work, transitions * forward_flops(model.config))
+        note = f"{what}: {rate / 1e9:.0f} of {ceiling / 1e9:.0f} GFLOP/s with {THREADS} threads"
+        add(f"{name}_flops_over_matmul_ceiling", rate / ceiling, "ratio", "", note)
+        if name == "samples":
+            samples_per_second = rate / forward_flops(model.config) / steps
+            add("samples_per_second", samples_per_second, "samples/s", "", f"T = {steps}, {THREADS} threads")
+
+
+def _noise() -> GeneratorNoise:
+    return GeneratorNoise.from_seed(0)
+
+
+def _rates(work: Callable[[], None], flops: int) -> tuple[float, float]:
+    """Returns the rate of some work and that of matrix products, taken in turns: the machine's speed drifts."""
+    work()
+    rates, ceilings = [], []
+    for _ in range(REPEATS):
+        ceilings.append(matmul_rate())
+        start = time.perf_counter()
+        work()
+        rates.append(flops / (time.perf_counter() - start))
+    return median(rates), median(ceilings)
