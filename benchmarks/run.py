@@ -28,9 +28,9 @@ def main() -> int:
 
     def add(name: str, value: float, unit: str, goal: str, note: str) -> None:
         rows.append(Row(name, value, unit, goal, note))
-        print(f"{name:<34} {value:>12,.3f} {unit:<10} {goal or '-':<8} {note}", flush=True)
+        print(f"{name:<46} {value:>12,.3f} {unit:<10} {goal or '-':<8} {note}", flush=True)
 
-    print(f"{'name':<34} {'value':>12} {'unit':<10} {'goal':<8} note")
+    print(f"{'name':<46} {'value':>12} {'unit':<10} {'goal':<8} note")
     with tempfile.TemporaryDirectory(prefix="infusion-bench-") as name:
         folder = Path(name)
         # What runs bare is measured before the services start, which take a tenth of two cores even when idle.

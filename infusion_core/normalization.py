@@ -99,7 +99,9 @@ def _moment_sums(features: Tensor) -> Tensor:
     """Returns what can be added up over batches and workers: count, sum and sum of squares, float64 `(3, F)`."""
     dims = [d for d in range(features.dim()) if d != 1]
     features = features.to(torch.promote_types(features.dtype, torch.float32))  # moments of bfloat16 are not bfloat16
-    variance, mean = (moment.double() for moment in torch.var_mean(features, dims, correction=0))
+    # Not torch.var_mean, which takes twenty times as long to reduce rows on a CPU.
+    centre = features.mean(dims, keepdim=True)
+    variance, mean = (features - centre).square_().mean(dims).double(), centre.flatten().double()
     count = torch.full_like(mean, features.numel() / features.shape[1])
     return torch.stack([count, count * mean, count * (variance + mean.square())])
 
