@@ -10,7 +10,7 @@ from pipeline.presets import digits
 from pipeline.report_page import NOT_MEASURED
 from pipeline.search_grid import Grid, grid_points
 from pipeline.search_report import ReportedSearch, ReportedTrial, search_sections
-from pipeline.search_state import SEARCH_TAG
+from pipeline.search_state import SEARCH_TAG, Trial
 
 POINTS = grid_points(Grid((2, 4), (0.1, 0.2), (), {"seed": (0, 1)}), dataclasses.replace(digits(), epochs=10))
 
@@ -23,7 +23,7 @@ def reported(bounds: dict[str, tuple[str, int, float | None, float | None]], tag
         history = [{"epoch": e, "valid/lower_bound": (bound or 0.0) - epoch + e} for e in range(1, epoch + 1)]
         if parzen is not None:
             history[-1]["valid/parzen"] = parzen
-        state = {"status": status, "epoch": epoch, "best_bound": bound, "seconds": 2.0 * epoch, "reason": ""}
+        state = Trial(status=status, epoch=epoch, best_bound=bound, seconds=2.0 * epoch)
         trials.append(ReportedTrial(point.name, point.config, state, tuple(history), None))
     run: Any = SimpleNamespace(
         info=SimpleNamespace(run_id="id", experiment_id="1", status="RUNNING"),
