@@ -2,6 +2,9 @@
 
 The state goes through one fully connected layer to a small grid of many channels, from which transposed convolutions,
 each doubling height and width, lead back to the shape of an image: 32 × 32 by three of them, 64 × 64 by four.
+
+Inside the network a pixel's channels lie side by side in memory (`torch.channels_last`), which convolutions are faster
+in, on CPUs and on GPUs; states and distributions have the usual order.
 """
 
 import math
@@ -80,13 +83,15 @@ class ConvolutionalOperator(TransitionOperator):
             StepBatchNorm(num_steps, features, synchronise=synchronise)
             for features in (math.prod(self.grid), *hidden_sizes[1:])
         )
+        self.convolutions.to(memory_format=torch.channels_last)
 
     def forward(self, state: Tensor, step: int) -> FactorialGaussian:
         """See `TransitionOperator.forward`."""
         first, *others = self.norms
         features = torch.relu(first(self.linear(state.flatten(1)), step)).view(-1, *self.grid)
+        features = features.contiguous(memory_format=torch.channels_last)
         *hidden, head = self.convolutions
         for convolution, norm in zip(hidden, others, strict=True):
             features = torch.relu(norm(convolution(features), step))
-        heads = head(features).view(-1, 2, *self.event_shape)
+        heads = head(features).contiguous().view(-1, 2, *self.event_shape)
         return gaussian_from_heads(heads, self.variance_scale, self.variance_floor)

@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from infusion_core.convolutional import ConvolutionalOperator
 from infusion_core.errors import InfusionError
+from infusion_core.operator import gaussian_from_heads
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,30 @@ def test_network_is_the_generator_layer_by_layer():
     kernel = operator.convolutions[0].weight.flip(2, 3).transpose(0, 1)
     heads = functional.conv2d(stuffed, kernel, operator.convolutions[0].bias, padding=2)
     torch.testing.assert_close(operator(state, 2).mean[:, 0], torch.sigmoid(heads[:, 0]))
+
+
+def test_order_in_memory_changes_neither_values_nor_gradients():
+    torch.manual_seed(0)
+    operator = ConvolutionalOperator((3, 16, 16), 2, hidden_sizes=(8, 4))
+    state = torch.rand(6, 3, 16, 16)
+    transition = operator(state, 2)
+    assert transition.mean.stride()[1:] == state.stride()[1:]
+    assert all(layer.weight.is_contiguous(memory_format=torch.channels_last) for layer in operator.convolutions)
+
+    usual = {name: value.detach().contiguous().requires_grad_() for name, value in operator.named_parameters()}
+    hidden = functional.linear(state.flatten(1), usual["linear.weight"])
+    for number, kernel in enumerate(("convolutions.0.weight", "convolutions.1.weight")):
+        weight, bias = usual[f"norms.{number}.weight"][1], usual[f"norms.{number}.bias"][1]
+        hidden = functional.batch_norm(hidden, None, None, weight, bias, training=True).relu()
+        hidden = hidden.view(6, 8, 4, 4) if number == 0 else hidden
+        hidden = functional.conv_transpose2d(hidden, usual[kernel], stride=2, padding=2, output_padding=1)
+    heads = hidden + usual["convolutions.1.bias"].view(-1, 1, 1)
+    torch.testing.assert_close(transition.mean, heads[:, :3].sigmoid())
+
+    transition.log_prob(state).mean().backward()
+    gaussian_from_heads(heads.view(6, 2, 3, 16, 16), 0.1, 1e-4).log_prob(state).mean().backward()
+    for name, parameter in operator.named_parameters():
+        torch.testing.assert_close(parameter.grad, usual[name].grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_steps_share_weights_but_not_normalisation():
