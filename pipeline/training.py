@@ -9,6 +9,9 @@ from a checkpoint computes what an uninterrupted one would have, bit for bit whe
 
 import json
 import math
+import os
+import platform
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +20,11 @@ from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from infusion_core.chain import Operator, infusion_chain
@@ -29,8 +32,7 @@ from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig, load_model, save_model
 from infusion_core.noise import GeneratorNoise, Noise, derive_seed
 from infusion_core.normalization import collect_statistics
-from infusion_core.objective import OBJECTIVES, Objective, ObjectiveName
-from infusion_core.operator import TransitionOperator
+from infusion_core.objective import OBJECTIVES, ObjectiveName
 from infusion_core.parzen import parzen_estimate
 from infusion_core.pixels import bits_per_dimension, dequantise, fit_to_pixels
 from infusion_core.sampling import sample_batches
@@ -38,6 +40,7 @@ from pipeline.bound_evaluation import CHUNK_IMAGES, BoundSums, Chunk, chunk_shar
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.shards import load_rows
+from pipeline.step_graph import Step, StepGraph
 from pipeline.training_images import TrainingImages, open_training_images
 
 RESIDENT_VALIDATION_BYTES = 512 * 2**20
@@ -63,6 +66,8 @@ class TrainConfig:
         synchronise_normalisation: whether batch normalisation uses the moments of the global batch, so that the number
             of workers does not matter, or those of each worker's part, which saves 4 T exchanges among workers a step.
         precision: of matrix products: float32, tf32 (on GPUs that have it), or bfloat16.
+        compiled: whether training steps are compiled, and, where a GPU is trained on alone, recorded and replayed as a
+            whole. It changes no more than rounding, pays on GPUs, and takes half a minute before the first step.
         validate_every: epochs between two validations; each makes a checkpoint.
         figures_every: epochs between two sets of pictures; rounded up to a validation.
         parzen_bandwidth: σ of the Parzen-window estimate that is made of validation images with every set of pictures;
@@ -83,6 +88,7 @@ class TrainConfig:
     seed: int = 0
     synchronise_normalisation: bool = True
     precision: Precision = "float32"
+    compiled: bool = False
     validate_every: int = 1
     figures_every: int = 5
     parzen_bandwidth: float | None = None
@@ -228,13 +234,25 @@ class Training:
         self.best_bound = -math.inf
         self._best_weights: dict[str, Tensor] = {}
         self.model = new_model(config, manifest).to(self.worker.device)
-        self._optimizer = torch.optim.Adam(self.model.operator.parameters(), lr=config.learning_rate, fused=True)
-        self._operator = _distributed(self.model.operator, self.worker)
+        self._optimizer = torch.optim.Adam(
+            self.model.operator.parameters(), lr=config.learning_rate, fused=True, capturable=self._on_gpu
+        )
+        self._operator = _distributed(
+            _compiled(self.model.operator) if config.compiled else self.model.operator,
+            config.model.num_steps,
+            self.worker,
+        )
+        self._generator = torch.Generator(self.worker.device)
+        self._step_graphs: dict[ObjectiveName, StepGraph] = {}
         self.images = self._open_images(memory_limit)
         self._resident_validation: list[Chunk] | None = None
         self._batch = config.global_batch // self.worker.world_size
         self.steps_per_epoch = manifest.rows("train") // self.worker.world_size // self._batch
         torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.worker.device.type == "cuda"
 
     def _open_images(self, memory_limit: int | None) -> TrainingImages:
         worker = self.worker
@@ -287,13 +305,14 @@ class Training:
 
     def _train_epoch(self, on_step: Callable[[], None]) -> dict[str, float]:
         config, worker = self.config, self.worker
-        noise = GeneratorNoise.from_seed(config.seed, _Stream.NOISE, self.epoch, worker.rank, device=worker.device)
+        self._generator.manual_seed(derive_seed((config.seed, _Stream.NOISE, self.epoch, worker.rank)))
+        step = self._step()
         objective = torch.zeros((), dtype=torch.float64, device=worker.device)
         self.model.train()
         start = _now(worker.device)
         batches = self.images.batches(self._batch, config.seed, _Stream.ORDER, self.epoch, worker.rank)
         for images in islice(batches, self.steps_per_epoch):
-            objective -= self.train_step(images, noise)
+            objective -= step(images)
             on_step()
         mean = float(_all_reduced(objective)) / (self.steps_per_epoch * worker.world_size)
         seconds = _now(worker.device) - start
@@ -313,12 +332,25 @@ class Training:
                 f"(now {self.config.model.variance_floor:g})"
             )
 
+    def _step(self) -> Step:
+        """Returns what takes a training step of the current epoch, with noise from its generator."""
+        name, noise = self._objective, GeneratorNoise(self._generator)
+
+        def step(images: Tensor) -> Tensor:
+            return self.train_step(images, noise)
+
+        # Workers of a group meet in every step, which a graph of one of them cannot hold.
+        if not (self.config.compiled and self._on_gpu and self.worker.world_size == 1):
+            return step
+        return self._step_graphs.setdefault(name, StepGraph(step, self._generator))
+
     def train_step(self, images: Tensor, noise: Noise) -> Tensor:
         """Takes one step; returns the batch's loss, a constant."""
         target = dequantise(images, self.config.model.levels, noise)
         total = torch.zeros((), dtype=torch.float64, device=images.device)
         with self._autocast():
-            for loss in self._objective(self.model.prior, self._operator, self.model.schedule, target, noise):
+            objective = OBJECTIVES[self._objective]
+            for loss in objective(self.model.prior, self._operator, self.model.schedule, target, noise):
                 loss.backward()
                 total += loss.detach()
         self._optimizer.step()
@@ -326,10 +358,9 @@ class Training:
         return total
 
     @property
-    def _objective(self) -> Objective:
+    def _objective(self) -> ObjectiveName:
         """The objective of the current epoch."""
-        begins_with_denoising = self.epoch <= self.config.denoising_epochs
-        return OBJECTIVES["denoising" if begins_with_denoising else self.config.objective]
+        return "denoising" if self.epoch <= self.config.denoising_epochs else self.config.objective
 
     def estimate_statistics(self, images: int) -> None:
         """Re-estimates the batch statistics of every step from `images` training images, shared by the workers."""
@@ -420,6 +451,11 @@ class Training:
         self.model.load_state_dict(load_model(folder / "last").state_dict())
         optimizer = torch.load(folder / "optimizer.pt", map_location=self.worker.device, weights_only=True)
         self._optimizer.load_state_dict(optimizer)
+        # The setting is the device's, not that of the device that the checkpoint was made on.
+        for group in self._optimizer.param_groups:
+            group["capturable"] = self._on_gpu
+        # What was recorded refers to the optimiser's former state.
+        self._step_graphs.clear()
         if (folder / "best").exists():
             self._best_weights = load_model(folder / "best", self.worker.device).state_dict()
 
@@ -462,7 +498,22 @@ def bound_metrics(split: str, bound: BoundSums, model: ModelConfig) -> dict[str,
     }
 
 
-def _distributed(operator: TransitionOperator, worker: Worker) -> Operator:
+def _compiled(operator: nn.Module) -> nn.Module:
+    """Returns the operator, compiled when it is first called.
+
+    Raises:
+        UserError: there is no compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"--compiled needs a C++ compiler wherever workers run, and there is no {compiler} on "
+            f"{platform.node()}; install one, name one in the variable CXX, or leave --compiled out"
+        )
+    return cast("nn.Module", torch.compile(operator))
+
+
+def _distributed(operator: nn.Module, num_steps: int, worker: Worker) -> Operator:
     """Returns the operator such that gradients are averaged over the workers once a training step.
 
     The T backward passes of a step add up locally; the last one's all-reduce carries the sum.
@@ -480,7 +531,7 @@ def _distributed(operator: TransitionOperator, worker: Worker) -> Operator:
 
     def call(state: Tensor, step: int) -> FactorialGaussian:
         # What `no_sync` does, decided per call: the chain, not this function, holds the loop over steps.
-        parallel.require_backward_grad_sync = step == operator.num_steps
+        parallel.require_backward_grad_sync = step == num_steps
         return parallel(state, step)  # type: ignore[no-any-return]
 
     return call

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from infusion_core.bound import log_weight
 from infusion_core.chain import infusion_chain
+from infusion_core.convolutional import ConvolutionalOperator
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.noise import ConcatenatedNoise, GeneratorNoise
 from infusion_core.normalization import StepBatchNorm
@@ -20,6 +21,7 @@ from infusion_core.objective import (
     reparametrised_lower_bound_losses,
 )
 from infusion_core.operator import MLPOperator, TransitionOperator
+from infusion_core.pixels import dequantise
 from infusion_core.schedule import InfusionSchedule
 
 EVENT = (2, 3)
@@ -277,6 +279,39 @@ def test_gradient_memory_does_not_grow_with_the_number_of_steps(objective):
 NUM_STEPS = 4
 NETWORKS = {"float64": 1e-10, "MLP in float32": 2e-5}
 """Networks, and to what part of a tensor's largest value they agree: rounding."""
+
+
+class ShapesOnly:
+    """Noise without values, of tensors that have none."""
+
+    def normal_like(self, like):
+        return torch.empty_like(like)
+
+    def uniform_like(self, like):
+        return torch.empty_like(like)
+
+    def bernoulli_like(self, like, probability):
+        return torch.empty_like(like, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values())
+@pytest.mark.parametrize("mask", ["value", "pixel"])
+@pytest.mark.parametrize("network", [MLPOperator, ConvolutionalOperator])
+def test_nothing_of_a_step_waits_for_a_value(objective, mask, network):
+    # On a GPU, looking at a value means waiting for all that was asked of it. Tensors of the meta device have none:
+    # whatever looks at one fails.
+    shape = (3, 8, 8)
+    with torch.device("meta"):
+        operator = network(shape, 3, hidden_sizes=(8, 4))
+        prior = FactorialGaussian(torch.empty(shape), torch.empty(shape))
+        images = torch.empty(4, *shape, dtype=torch.uint8)
+    schedule = InfusionSchedule(num_steps=3, initial_rate=0.1, rate_increment=0.1, mask=mask)
+    target = dequantise(images, 256, ShapesOnly())
+    for loss in objective(prior, operator, schedule, target, ShapesOnly()):
+        loss.backward()
+    assert all(parameter.grad.is_meta for parameter in operator.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
 
 
 def make_network(name: str) -> tuple[nn.Module, torch.dtype]:

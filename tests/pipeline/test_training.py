@@ -3,16 +3,18 @@
 import copy
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from torch.distributions import Independent, Normal
 
 from infusion_core.bound import log_weight
 from infusion_core.gaussian import FactorialGaussian
-from infusion_core.model import InfusionModel, ModelConfig, save_model
+from infusion_core.model import InfusionModel, ModelConfig, Network, save_model
 from infusion_core.noise import ConcatenatedNoise, GeneratorNoise
 from infusion_core.objective import OBJECTIVES, ObjectiveName
 from infusion_core.pixels import dequantise
@@ -39,6 +41,9 @@ CONFIG = TrainConfig(
     validate_every=2,
     seed=7,
 )
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
 
 
 def tensors_of(training: Training) -> dict[str, torch.Tensor]:
@@ -102,6 +107,31 @@ def test_a_run_that_begins_with_denoising_goes_on_with_the_bound(digits: Digits,
             assert torch.equal(step, -before.grad[sure].sign())
 
 
+@needs_compiler
+@pytest.mark.parametrize("network", ["mlp", "convolutional"])
+def test_compiled_steps_are_the_eager_ones_but_for_rounding(digits: Digits, network: Network) -> None:
+    model = dataclasses.replace(CONFIG.model, network=network, hidden_sizes=(16, 8))
+    config = dataclasses.replace(CONFIG, model=model, epochs=1)
+    eager, compiled = (Training(dataclasses.replace(config, compiled=value), *digits) for value in (False, True))
+    before = tensors_of(eager)
+    compiled_frames = counters["frames"]["ok"]
+    for training in (eager, compiled):
+        list(training.epochs())
+    assert counters["frames"]["ok"] > compiled_frames
+    assert compiled.history[0]["train/objective"] == pytest.approx(eager.history[0]["train/objective"], rel=1e-5)
+    for name, tensor in tensors_of(eager).items():
+        # As for two workers below: single weights may differ by as much as a step of Adam.
+        assert (tensors_of(compiled)[name] - tensor).abs().mean() < 0.01 * config.learning_rate, name
+    weight = f"operator.{'linears.0' if network == 'mlp' else 'linear'}.weight"
+    assert (before[weight] - tensors_of(eager)[weight]).abs().max() > config.learning_rate
+
+
+def test_compiling_without_a_compiler_is_refused(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"--compiled needs a C\+\+ compiler .* no no-such-compiler on .* CXX"):
+        Training(dataclasses.replace(CONFIG, compiled=True), *digits)
+
+
 def worker(rank: int, dataset: str, config: dict, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """What one of two processes ends with after a step on its half of each batch."""
     training = Training(TrainConfig.from_json(config), dataset, Manifest.load(dataset), Worker(rank, 2))
@@ -111,10 +141,12 @@ def worker(rank: int, dataset: str, config: dict, batches: list[torch.Tensor]) -
     return training.model.state_dict()
 
 
-def test_two_workers_take_the_steps_of_one(digits: Digits, run_workers) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_two_workers_take_the_steps_of_one(digits: Digits, run_workers, compiled: bool) -> None:
     dataset, manifest = digits
     batches = load_rows(dataset, manifest, "train", 0, 3 * 128).split(128)
-    ranks = run_workers(__file__, dataset=dataset, config=CONFIG.to_json(), batches=list(batches))
+    config = dataclasses.replace(CONFIG, compiled=compiled)
+    ranks = run_workers(__file__, dataset=dataset, config=config.to_json(), batches=list(batches))
 
     alone = Training(CONFIG, dataset, manifest)
     alone.model.train()
