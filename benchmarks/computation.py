@@ -48,6 +48,18 @@ def measure_computation(folder: Path, add: Add) -> float:
             f"batch normalisation by {'common' if synchronise else 'each its own'} moments",
         )
 
+    plain, compiled = (
+        middle(run_bare(dataclasses.replace(short(4), compiled=value), dataset, threads=THREADS)["images_per_second"])
+        for value in (False, True)
+    )
+    add(
+        "train_compiled_over_eager",
+        compiled / plain,
+        "ratio",
+        "",
+        f"{compiled:.0f} over {plain:.0f} images/s with {THREADS} threads; the first epoch, which compiles, left out",
+    )
+
     grown = {steps: run_bare(short(1, num_steps=steps), dataset, threads=THREADS)["grown_bytes"] for steps in (15, 60)}
     add(
         "peak_memory_T60_over_T15",

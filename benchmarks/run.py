@@ -12,7 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.computation import measure_computation
+from benchmarks.convolution import measure_convolution
 from benchmarks.forward import measure_forward
+from benchmarks.packing import measure_packing
 from benchmarks.setup import Row
 from pipeline.local_services import LocalServices
 
@@ -36,6 +38,8 @@ def main() -> int:
         # What runs bare is measured before the services start, which take a tenth of two cores even when idle.
         train_rate = measure_computation(folder, add)
         measure_forward(add)
+        measure_convolution(add)
+        measure_packing(add)
         services = LocalServices(folder, ports="free")
         try:
             services.up()
