@@ -9,12 +9,14 @@ import json
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import psutil
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -154,6 +156,7 @@ def train(config: TrainConfig, dataset: str, store: str, name: str, resources: R
         run.log_file("config.json", _json({**record, "resources": asdict(resources)}))
         run.log_file("manifest.json", manifest.to_json().encode())
         write_json(storage.join(folder, _RUN_FILE), record)
+        run.log_metrics([(0, {"startup/job_seconds": time.time() - psutil.Process().create_time()})])
         _fit(config, dataset, store, name, resources, run)
         result = register(config, manifest, folder, name, run)
         write_json(storage.join(folder, _RUN_FILE), {**record, "result": asdict(result)})
@@ -201,6 +204,7 @@ def _fit(config: TrainConfig, dataset: str, store: str, name: str, resources: Re
             "run": asdict(run),
             "threads": resources.threads_per_worker,
             "memory_limit": None if resources.shard_memory_mib is None else resources.shard_memory_mib * 2**20,
+            "asked_at": time.time(),
         },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,

@@ -229,6 +229,7 @@ class GroupTrial(tune.Trainable):
                 "run": spec.run,
                 "threads": spec.threads_per_worker,
                 "memory_limit": spec.memory_limit,
+                "asked_at": time.time(),
                 "test": True,
             },
             scaling_config=ScalingConfig(

@@ -43,9 +43,10 @@ def train_worker(spec: dict[str, Any]) -> None:
 
     Args:
         spec: `config` (of the training), `dataset`, `folder` (of the run), `label` (for progress), `run` (the fields of
-            its `TrackedRun`), `threads`, `memory_limit` (bytes for images, or `None`), and, if the finished model is to
-            be tested, `test`.
+            its `TrackedRun`), `threads`, `memory_limit` (bytes for images, or `None`), `asked_at` (when the group was
+            asked for, in seconds since 1970), and, if the finished model is to be tested, `test`.
     """
+    began_at = time.time()
     # It prints every report in full, by a logger of its own to which Ray Train's `LoggingConfig` does not extend.
     ray_context.logger.setLevel(logging.WARNING)
     torch.set_num_threads(spec["threads"])
@@ -70,11 +71,14 @@ def train_worker(spec: dict[str, Any]) -> None:
     with _system_metrics(spec["run"], context.get_node_rank(), context.get_local_rank() == 0):
         unlogged: list[tuple[int, dict[str, float]]] = []
         first_step_at: list[float] = []
+        ready_at = time.time()
         if training.epoch:
             # The report that belongs to the checkpoint may have been lost with whoever waited for it.
             ray.train.report({FIRST_STEP_AT: 0.0, **training.history[-1]})
         for report in _with_progress(training, spec["label"], chief, first_step_at):
             unlogged.append((report.epoch, report.metrics))
+            if chief and report.epoch == 1:
+                unlogged.append((0, _startup(spec["asked_at"], began_at, ready_at, *first_step_at)))
             if not report.validated:
                 continue
             if chief:
@@ -84,6 +88,15 @@ def train_worker(spec: dict[str, Any]) -> None:
         metrics = final_metrics(training, test=spec.get("test", False))
     if chief:
         write_outcome(training, metrics, spec["folder"])
+
+
+def _startup(asked_at: float, began_at: float, ready_at: float, first_step_at: float) -> dict[str, float]:
+    """Returns where the time went before the first step was taken."""
+    return {
+        "startup/workers_seconds": began_at - asked_at,
+        "startup/images_seconds": ready_at - began_at,
+        "startup/first_step_seconds": first_step_at - ready_at,
+    }
 
 
 def _with_progress(training: Training, label: str, chief: bool, first_step_at: list[float]) -> Iterator[EpochReport]:

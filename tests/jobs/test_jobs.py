@@ -69,6 +69,11 @@ def test_from_staged_data_to_samples(submit: Submit, dataset: str, bucket_uri: s
     assert [point.step for point in bounds] == [40, 80]
     assert bounds[1].value > bounds[0].value
     assert any(name.startswith("system/") for name in run.data.metrics)
+    startup = {name: value for name, value in run.data.metrics.items() if name.startswith("startup/")}
+    assert set(startup) == {f"startup/{part}_seconds" for part in ("job", "workers", "images", "first_step")}
+    assert min(startup.values()) > 0
+    # But for the job's own start, which is earlier, all of it is time of the run.
+    assert 1000 * (sum(startup.values()) - startup["startup/job_seconds"]) < run.info.end_time - run.info.start_time
     for kind in ("sampling_chains", "infusion_chains"):
         pictures = [file.path for file in client.list_artifacts(run.info.run_id, f"pictures/{kind}")]
         assert pictures == [f"pictures/{kind}/epoch-00040.png", f"pictures/{kind}/epoch-00080.png"]
