@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.computation import measure_computation
+from benchmarks.ddpm import measure_ddpm
 from benchmarks.forward import measure_forward
 from benchmarks.setup import Row
 from pipeline.local_services import LocalServices
@@ -36,6 +37,7 @@ def main() -> int:
         # What runs bare is measured before the services start, which take a tenth of two cores even when idle.
         train_rate = measure_computation(folder, add)
         measure_forward(add)
+        measure_ddpm(add)
         services = LocalServices(folder, ports="free")
         try:
             services.up()
