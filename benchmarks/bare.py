@@ -13,9 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import psutil
@@ -54,25 +52,12 @@ def run_bare(
     return result
 
 
-def matmul_rate(seconds: float = 0.7) -> float:
-    """Returns this machine's own rate, in FLOP/s, of the product that dominates training: 512 × 1200 by 1200 × 1200."""
-    import torch
-
-    left, right = torch.randn(512, 1200), torch.randn(1200, 1200)
-    out = torch.empty(512, 1200)
-    rounds, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        for _ in range(5):
-            torch.mm(left, right, out=out)
-        rounds += 5
-    return rounds * 2 * 512 * 1200 * 1200 / elapsed
-
-
 def main(argument: str) -> None:
     """Trains as told, and prints what was measured."""
     import torch
     import torch.distributed as dist
 
+    from benchmarks.timing import matmul_rate
     from pipeline.manifest import Manifest
     from pipeline.training import Training, Worker
 
@@ -108,11 +93,6 @@ def main(argument: str) -> None:
         # A DDP module that still refers to the group keeps gloo's threads alive, and one of them that wants the
         # interpreter while it shuts down aborts the process.
         os._exit(0)
-
-
-def middle(values: Sequence[float]) -> float:
-    """Returns the median of all but the first value, which pays for warming up."""
-    return median(values[1:] if len(values) > 1 else values)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from benchmarks.bare import middle, run_bare
+from benchmarks.bare import run_bare
 from benchmarks.setup import REPEATS, STEPS_PER_EPOCH, THREADS, Add, short, stage_epoch
+from benchmarks.timing import middle
 from infusion_core.model import ModelConfig
 
 

@@ -1,14 +1,14 @@
 """Measures the convolutional operator at 32 × 32 against its convolutions and matrix product alone, and compiled."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from statistics import median
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.setup import REPEATS, THREADS, Add
+from benchmarks.setup import THREADS, Add
+from benchmarks.timing import in_turns, seconds_of
 from infusion_core.chain import Operator
 from infusion_core.convolutional import ConvolutionalOperator
 from infusion_core.model import InfusionModel
@@ -19,7 +19,7 @@ from pipeline.presets import cifar10
 BATCH = 128
 NUM_STEPS = 3
 
-Work = Callable[[], object]
+Work = Callable[[], None]
 
 
 def measure_convolution(add: Add) -> None:
@@ -30,7 +30,8 @@ def measure_convolution(add: Add) -> None:
     assert isinstance(operator, ConvolutionalOperator)
     eager = _training_step(model, operator)
     compiled = _training_step(model, torch.compile(operator))
-    step, compiled_step, *alone = _seconds([eager, compiled, *_products(operator)])
+    works = [eager, compiled, *_products(operator)]
+    step, compiled_step, *alone = in_turns(*(partial(seconds_of, work) for work in works))
     products = NUM_STEPS * sum(alone)
     what = f"{BATCH} images of 32 × 32 × 3, T = {NUM_STEPS}, {THREADS} threads"
     note = f"{products:.2f} s for convolutions and matrix product alone, forward and backward, of {step:.2f} s; {what}"
@@ -69,23 +70,8 @@ def _forward_and_backward(layer: nn.Module, inputs: Tensor) -> Work:
     parameters = list(layer.parameters())
     wanted = [*parameters, inputs] if inputs.requires_grad else parameters
 
-    def work() -> object:
+    def work() -> None:
         output = layer(inputs)
-        return torch.autograd.grad(output, wanted, torch.ones_like(output))
+        torch.autograd.grad(output, wanted, torch.ones_like(output))
 
     return work
-
-
-def _seconds(works: Sequence[Work]) -> list[float]:
-    """Returns the seconds that each takes, in turns: the machine's speed drifts."""
-    for work in works:
-        work()
-        work()
-    rounds = [[_timed(work) for work in works] for _ in range(REPEATS)]
-    return [median(times) for times in zip(*rounds, strict=True)]
-
-
-def _timed(work: Work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

@@ -1,14 +1,12 @@
 """Measures what runs the network forward only, against the machine's matrix products: sampling and evaluation."""
 
-import time
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
-from statistics import median
 
 import torch
 
-from benchmarks.bare import matmul_rate
-from benchmarks.setup import BATCH, REPEATS, THREADS, Add, short
+from benchmarks.setup import BATCH, THREADS, Add, short
+from benchmarks.timing import in_turns, matmul_rate, seconds_of
 from infusion_core.model import InfusionModel, ModelConfig
 from infusion_core.noise import GeneratorNoise
 from infusion_core.sampling import sample_batches
@@ -16,7 +14,7 @@ from pipeline.bound_evaluation import CHUNK_IMAGES, sum_bound
 from pipeline.image_judges import ImportanceJudge
 from pipeline.training import estimate_statistics
 
-SAMPLES = 4000
+SAMPLES = 10_000
 IMAGES = 2000
 STATISTICS_BATCHES = 4
 IMPORTANCE_IMAGES, CHAINS = 100, 40
@@ -34,10 +32,6 @@ def measure_forward(add: Add) -> None:
     model = InfusionModel(short(1).model).eval()
     images = torch.randint(0, 256, (IMAGES, 1, 28, 28), dtype=torch.uint8)
 
-    def sample(num_steps: int) -> None:
-        for _ in sample_batches(model, SAMPLES, 0, num_steps=num_steps):
-            pass
-
     def bound() -> None:
         sum_bound(model, enumerate(images.split(CHUNK_IMAGES)), 0)
 
@@ -50,8 +44,13 @@ def measure_forward(add: Add) -> None:
 
     steps = model.config.num_steps
     for name, work, transitions, what in (
-        ("samples", lambda: sample(steps), SAMPLES * steps, f"{SAMPLES:,} samples, T = {steps}"),
-        ("samples_T30", lambda: sample(2 * steps), SAMPLES * 2 * steps, f"{SAMPLES:,} samples, T = {2 * steps}"),
+        ("samples", partial(sample, model, steps), SAMPLES * steps, f"{SAMPLES:,} samples, T = {steps}"),
+        (
+            "samples_T30",
+            partial(sample, model, 2 * steps),
+            SAMPLES * 2 * steps,
+            f"{SAMPLES:,} samples, T = {2 * steps}",
+        ),
         ("bound", bound, IMAGES * steps, f"bound of {IMAGES:,} images"),
         (
             "importance_sampling",
@@ -61,7 +60,8 @@ def measure_forward(add: Add) -> None:
         ),
         ("statistics", statistics, STATISTICS_BATCHES * BATCH * steps, "batch statistics of all steps"),
     ):
-        rate, ceiling = _rates(work, transitions * forward_flops(model.config))
+        ceiling, seconds = in_turns(matmul_rate, partial(seconds_of, work))
+        rate = transitions * forward_flops(model.config) / seconds
         note = f"{what}: {rate / 1e9:.0f} of {ceiling / 1e9:.0f} GFLOP/s with {THREADS} threads"
         add(f"{name}_flops_over_matmul_ceiling", rate / ceiling, "ratio", "", note)
         if name == "samples":
@@ -73,13 +73,7 @@ def _noise() -> GeneratorNoise:
     return GeneratorNoise.from_seed(0)
 
 
-def _rates(work: Callable[[], None], flops: int) -> tuple[float, float]:
-    """Returns the rate of some work and that of matrix products, taken in turns: the machine's speed drifts."""
-    work()
-    rates, ceilings = [], []
-    for _ in range(REPEATS):
-        ceilings.append(matmul_rate())
-        start = time.perf_counter()
-        work()
-        rates.append(flops / (time.perf_counter() - start))
-    return median(rates), median(ceilings)
+def sample(model: InfusionModel, num_steps: int) -> None:
+    """Draws `SAMPLES` samples by a chain of so many steps."""
+    for _ in sample_batches(model, SAMPLES, 0, num_steps=num_steps):
+        pass

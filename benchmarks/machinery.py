@@ -8,9 +8,11 @@ from statistics import median
 import ray
 from mlflow import MlflowClient
 
-from benchmarks.bare import middle, run_bare
+from benchmarks.bare import run_bare
 from benchmarks.search import measure_search
 from benchmarks.setup import THREADS, Add, random_images, short, stage_epoch
+from benchmarks.startup import measure_startup
+from benchmarks.timing import middle
 from pipeline import cluster
 from pipeline.local_servers import BUCKET
 from pipeline.manifest import Manifest
@@ -53,7 +55,9 @@ def measure_machinery(folder: Path, train_rate: float, add: Add) -> None:
             f"{on_ray:.2f} s with tracking and checkpoints; bare {before:.2f} before and {after:.2f} after, beside the "
             "same services",
         )
-        measure_search(folder, add)
+        small = stage(open_source(random_images(folder / "small.npz", 1024, 128)), f"s3://{BUCKET}/bench/small").dataset
+        measure_startup(small, add)
+        measure_search(small, add)
     finally:
         # A process that is still joined to a cluster ends with it.
         ray.shutdown()

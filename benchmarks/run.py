@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.computation import measure_computation
 from benchmarks.convolution import measure_convolution
+from benchmarks.ddpm import measure_ddpm
 from benchmarks.forward import measure_forward
 from benchmarks.packing import measure_packing
 from benchmarks.setup import Row
@@ -40,6 +41,7 @@ def main() -> int:
         measure_forward(add)
         measure_convolution(add)
         measure_packing(add)
+        measure_ddpm(add)
         services = LocalServices(folder, ports="free")
         try:
             services.up()

@@ -40,8 +40,7 @@ def _startup(dataset: str, name: str, workers: int) -> dict[str, float]:
     options = ["--preset", "digits", "--image-shape", "28,28,1", "--levels", "256", "--epochs", "1", "--json"]
     done = subprocess.run(
         [*command, *options, "--num-workers", str(workers)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
         check=False,
