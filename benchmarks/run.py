@@ -15,8 +15,9 @@ from benchmarks.computation import measure_computation
 from benchmarks.convolution import measure_convolution
 from benchmarks.ddpm import measure_ddpm
 from benchmarks.forward import measure_forward
+from benchmarks.gpu import measure_gpu
 from benchmarks.packing import measure_packing
-from benchmarks.setup import Row
+from benchmarks.setup import Row, printed
 from pipeline.local_services import LocalServices
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -29,9 +30,9 @@ def main() -> int:
         return 0 if sys.argv[1] in ("-h", "--help") else 2
     rows: list[Row] = []
 
-    def add(name: str, value: float, unit: str, goal: str, note: str) -> None:
+    def add(name: str, value: float | None, unit: str, goal: str, note: str) -> None:
         rows.append(Row(name, value, unit, goal, note))
-        print(f"{name:<46} {value:>12,.3f} {unit:<10} {goal or '-':<8} {note}", flush=True)
+        print(printed(name, value, unit, goal, note), flush=True)
 
     print(f"{'name':<46} {'value':>12} {'unit':<10} {'goal':<8} note")
     with tempfile.TemporaryDirectory(prefix="infusion-bench-") as name:
@@ -42,6 +43,7 @@ def main() -> int:
         measure_convolution(add)
         measure_packing(add)
         measure_ddpm(add)
+        measure_gpu(folder, add)
         services = LocalServices(folder, ports="free")
         try:
             services.up()

@@ -18,8 +18,8 @@ BATCH = 512
 VALID_IMAGES = 512
 REPEATS = 3
 
-Add = Callable[[str, float, str, str, str], None]
-"""Called with the name, value, unit, goal and note of a row."""
+Add = Callable[[str, float | None, str, str, str], None]
+"""Called with the name, value (or `None`: not measured), unit, goal and note of a row."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,16 @@ class Row:
     """One measurement."""
 
     name: str
-    value: float
+    value: float | None
     unit: str
     goal: str
     note: str
+
+
+def printed(name: str, value: float | None, unit: str, goal: str, note: str) -> str:
+    """Returns a row as it is printed."""
+    shown = "not measured" if value is None else f"{value:,.3f}"
+    return f"{name:<46} {shown:>12} {unit:<10} {goal or '-':<8} {note}"
 
 
 def short(epochs: int, num_steps: int = 15) -> TrainConfig:

@@ -9,16 +9,20 @@ import torch
 from benchmarks.setup import REPEATS
 
 
-def matmul_rate(seconds: float = 0.7) -> float:
-    """Returns this machine's own rate, in FLOP/s, of the product that dominates training: 512 × 1200 by 1200 × 1200."""
-    left, right = torch.randn(512, 1200), torch.randn(1200, 1200)
-    out = torch.empty(512, 1200)
+def matmul_rate(
+    seconds: float = 0.7, *, device: str = "cpu", dtype: torch.dtype = torch.float32, rows: int = 512
+) -> float:
+    """Returns a device's own rate, in FLOP/s, of the product that dominates training: `rows` × 1200 by 1200 × 1200."""
+    left, right, out = (torch.randn(height, 1200, device=device, dtype=dtype) for height in (rows, 1200, rows))
+    products = 5 if device == "cpu" else 500
     rounds, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds:
-        for _ in range(5):
+        for _ in range(products):
             torch.mm(left, right, out=out)
-        rounds += 5
-    return rounds * 2 * 512 * 1200 * 1200 / elapsed
+        if device != "cpu":
+            torch.cuda.synchronize()
+        rounds += products
+    return rounds * 2 * rows * 1200 * 1200 / elapsed
 
 
 def seconds_of(work: Callable[[], None]) -> float:
