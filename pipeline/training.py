@@ -397,14 +397,14 @@ class Training:
         return parzen_estimate(examples, samples, bandwidth).mean
 
     def _validation_chunks(self) -> Iterable[Chunk]:
-        """Returns this worker's chunks of the validation split, read once if they are small enough to keep."""
+        """Returns this worker's chunks of the validation split, kept on its device if they are small enough."""
         if self._resident_validation is not None:
             return self._resident_validation
         numbers = chunk_share(self.manifest.rows("valid"), self.worker.rank, self.worker.world_size)
         chunks = load_chunks(self.dataset, self.manifest, "valid", numbers)
         if len(numbers) * CHUNK_IMAGES * self.manifest.image_bytes > RESIDENT_VALIDATION_BYTES:
             return chunks
-        self._resident_validation = list(chunks)
+        self._resident_validation = [(number, images.to(self.worker.device)) for number, images in chunks]
         return self._resident_validation
 
     def picture_noise(self) -> GeneratorNoise:
