@@ -10,12 +10,12 @@ With z̃ = (z⁽⁰⁾, …, z⁽ᵀ⁻¹⁾) drawn from the infusion chain towa
 
 The expectation can be taken in part exactly. Given z⁽ᵗ⁻¹⁾ and the Gaussian draw, z⁽ᵗ⁾ has only two values a dimension
 (or a pixel), according to which component of the mixture was picked, with the probabilities 1 - α⁽ᵗ⁾ and α⁽ᵗ⁾:
-averaging the addend over both (`component_averaged_bound`) has the same mean as picking one, and each addend has less
+averaging the addend over both (`bound_estimates`) has the same mean as picking one, and each addend has less
 variance; their total has, too, unless they were about to cancel, as when q is nearly the posterior of the chain.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -68,10 +68,11 @@ def log_weight(
             observation model of Table 2.
     """
     chain = infusion_chain(prior, operator, schedule, target, noise)
-    return _log_weight(chain, schedule, target, sampled_addend, output_variance)
+    (weight,) = _sums(chain, schedule, target, (sampled_addend,), output_variance)
+    return weight
 
 
-def component_averaged_bound(
+def bound_estimates(
     prior: FactorialGaussian,
     operator: Operator,
     schedule: InfusionSchedule,
@@ -79,32 +80,38 @@ def component_averaged_bound(
     noise: Noise,
     *,
     output_variance: float | None = None,
-) -> LogWeight:
-    """Estimates the lower bound as `log_weight` does, from the same chains, with less variance of each addend.
+) -> tuple[LogWeight, LogWeight]:
+    """Draws chains as `log_weight` does, and estimates the lower bound twice, the second time with less variance.
 
     Returns:
-        Addends whose expectations are those of `log_weight`. They are means of log weights, not log weights: the
-        exponential of their total is not an estimate of p(x).
+        The log weights; and addends whose expectations are the same, each with less variance. These are means of log
+        weights, not log weights: the exponential of their total is not an estimate of p(x).
     """
     chain = infusion_chain(prior, operator, schedule, target, noise)
-    return _log_weight(chain, schedule, target, component_averaged_addend, output_variance)
+    weight, averaged = _sums(chain, schedule, target, (sampled_addend, component_averaged_addend), output_variance)
+    return weight, averaged
 
 
-def _log_weight(
+Addend = Callable[[InfusionStep, InfusionSchedule, Tensor], Tensor]
+
+
+def _sums(
     chain: Iterable[InfusionStep],
     schedule: InfusionSchedule,
     target: Tensor,
-    addend: Callable[[InfusionStep, InfusionSchedule, Tensor], Tensor],
+    addends: Sequence[Addend],
     output_variance: float | None,
-) -> LogWeight:
-    addends = []
+) -> Iterator[LogWeight]:
+    """Yields the sums over the chain of each of several addends."""
+    steps = []
     for infused in chain:
         if infused.draw is None and output_variance is not None:
             mean = infused.transition.mean
             infused = replace(infused, transition=FactorialGaussian(mean, mean.new_tensor(output_variance)))
-        addends.append(addend(infused, schedule, target))
-    transitions = torch.stack(addends[1:-1]).sum(0) if len(addends) > 2 else torch.zeros_like(addends[0])
-    return LogWeight(addends[0], transitions, addends[-1])
+        steps.append([addend(infused, schedule, target) for addend in addends])
+    for first, *others, last in zip(*steps, strict=True):
+        transitions = torch.stack(others).sum(0) if others else torch.zeros_like(first)
+        yield LogWeight(first, transitions, last)
 
 
 def sampled_addend(infused: InfusionStep, schedule: InfusionSchedule, target: Tensor) -> Tensor:

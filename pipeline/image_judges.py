@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from infusion_core.annealing import annealed_log_weight, inverse_temperatures
-from infusion_core.bound import component_averaged_bound, log_weight
+from infusion_core.bound import bound_estimates, log_weight
 from infusion_core.chain import infusion_chain
 from infusion_core.importance import LogWeightSums, importance_sampling
 from infusion_core.model import InfusionModel
@@ -53,15 +53,15 @@ class BoundJudge:
 
     def judge(self, model: InfusionModel, images: Tensor, unit: int) -> Figures:
         """See `ImageJudge.judge`."""
-        figures = {}
-        for prefix, estimator in (("", log_weight), ("averaged_", component_averaged_bound)):
-            target, noise = _target(model, images, self.seed, unit)
-            weight = estimator(
-                model.prior, model.operator, model.schedule, target, noise, output_variance=self.output_variance
-            )
-            for name in ("prior", "transitions", "reconstruction"):
-                figures[prefix + name] = getattr(weight, name).double()
-        return figures
+        target, noise = _target(model, images, self.seed, unit)
+        weight, averaged = bound_estimates(
+            model.prior, model.operator, model.schedule, target, noise, output_variance=self.output_variance
+        )
+        return {
+            prefix + name: getattr(estimate, name).double()
+            for prefix, estimate in (("", weight), ("averaged_", averaged))
+            for name in ("prior", "transitions", "reconstruction")
+        }
 
 
 @dataclass(frozen=True)
