@@ -8,7 +8,6 @@ many bytes the process grew at most beyond what it took before training.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.setup import peak_memory
 from pipeline.training import TrainConfig
 
 
@@ -85,7 +85,7 @@ def main(argument: str) -> None:
             ceilings.append(matmul_rate())
         start = time.perf_counter()
     rates = [epoch["throughput/train_images_per_second"] for epoch in training.history]
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    grown = peak_memory() - before
     result = {"epoch_seconds": seconds, "images_per_second": rates, "matmul_rates": ceilings, "grown_bytes": grown}
     print(json.dumps(result), flush=True)
     if spec["world_size"] > 1:

@@ -1,6 +1,5 @@
 """Measures what goes through S3, MLflow and Ray."""
 
-import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -9,15 +8,14 @@ import ray
 from mlflow import MlflowClient
 
 from benchmarks.bare import run_bare
+from benchmarks.images import measure_images
 from benchmarks.search import measure_search
 from benchmarks.setup import THREADS, Add, random_images, short, stage_epoch
 from benchmarks.startup import measure_startup
 from benchmarks.timing import middle
 from pipeline import cluster
 from pipeline.local_servers import BUCKET
-from pipeline.manifest import Manifest
 from pipeline.ray_training import Resources, train
-from pipeline.shards import load_rows
 from pipeline.sources import open_source
 from pipeline.staging import stage
 
@@ -28,17 +26,7 @@ RAY_EPOCHS = 2
 
 def measure_machinery(folder: Path, train_rate: float, add: Add) -> None:
     """Takes the measurements, one after the other; S3, MLflow and Ray are up."""
-    large = random_images(folder / "large.npz", 60_000, 10_000)
-    start = time.perf_counter()
-    staged = stage(open_source(large), f"s3://{BUCKET}/bench/large")
-    seconds = time.perf_counter() - start
-    add("stage_images_per_second", 70_000 / seconds, "images/s", "", "28 × 28, from .npz to S3 with manifest")
-    manifest = Manifest.load(staged.dataset)
-    start = time.perf_counter()
-    load_rows(staged.dataset, manifest, "train", 0, manifest.rows("train"))
-    read_rate = manifest.rows("train") / (time.perf_counter() - start)
-    add("shard_read_over_training", read_rate / train_rate, "ratio", "≥ 10", f"{read_rate:,.0f} images/s read from S3")
-
+    measure_images(folder, train_rate, add)
     dataset = stage_epoch(folder, f"s3://{BUCKET}/bench/epoch", RAY_STEPS_PER_EPOCH)
     cluster.connect()
     try:

@@ -1,6 +1,10 @@
 """What the benchmarks have in common: their rows, their images, and the configuration that they train."""
 
 import dataclasses
+import re
+import resource
+import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,9 @@ THREADS = 2
 STEPS_PER_EPOCH = 6
 BATCH = 512
 VALID_IMAGES = 512
+IMAGE_BYTES = 28 * 28
 REPEATS = 3
+BLOCK_IMAGES = 10_000
 
 Add = Callable[[str, float | None, str, str, str], None]
 """Called with the name, value (or `None`: not measured), unit, goal and note of a row."""
@@ -52,14 +58,27 @@ def short(epochs: int, num_steps: int = 15) -> TrainConfig:
     )
 
 
+def peak_memory() -> int:
+    """Returns the most bytes that this process has had in memory so far."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Linux: not ru_maxrss, which a child inherits from the process that started it.
+        found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+        assert found is not None, "Linux says it of every process"
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def random_images(file: Path, train: int, test: int = VALID_IMAGES) -> str:
-    """Writes random images of MNIST's shape; returns the name of the source that reads them."""
+    """Writes random images of MNIST's shape, a block at a time; returns the name of the source that reads them."""
     rng = np.random.default_rng(0)
-    np.savez(
-        file,
-        train_images=rng.integers(0, 256, (train, 28, 28), np.uint8),
-        test_images=rng.integers(0, 256, (test, 28, 28), np.uint8),
-    )
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, images in (("train_images", train), ("test_images", test)):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (images, 28, 28)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for start in range(0, images, BLOCK_IMAGES):
+                    member.write(rng.bytes(min(BLOCK_IMAGES, images - start) * IMAGE_BYTES))
     return f"npz:{file}"
 
 

@@ -125,15 +125,22 @@ def stream_batches(
     pieces = list(_pieces(manifest, split, start, stop))
     order = torch.randperm(len(pieces), generator=generator).tolist()
     windows = _windows([pieces[i] for i in order], SHUFFLE_BYTES // manifest.image_bytes)
+
+    def load(item: tuple[list[_Piece], int]) -> Tensor:
+        window, room = item
+        return torch.from_numpy(_load_images(dataset_uri, manifest, window, room))
+
     height, width, channels = manifest.image_shape
     left_over = torch.empty((0, channels, height, width), dtype=torch.uint8)
-    for rows in _read_ahead(lambda window: torch.from_numpy(_load_images(dataset_uri, manifest, window)), windows):
-        rows = torch.cat([left_over, rows])
+    for rows in _read_ahead(load, _with_room(windows, batch_size)):
+        rows[: len(left_over)] = left_over
         shuffled = torch.randperm(len(rows), generator=generator)
         whole = len(rows) // batch_size * batch_size
         for first in range(0, whole, batch_size):
             yield rows[shuffled[first : first + batch_size]]
         left_over = rows[shuffled[whole:]]
+        # Before another window is begun: there are never more than two, the one in use and the next.
+        del rows
 
 
 def _windows(pieces: Iterable[_Piece], most_rows: int) -> Iterator[list[_Piece]]:
@@ -146,6 +153,14 @@ def _windows(pieces: Iterable[_Piece], most_rows: int) -> Iterator[list[_Piece]]
         window.append(piece)
     if window:
         yield window
+
+
+def _with_room(windows: Iterable[list[_Piece]], batch_size: int) -> Iterator[tuple[list[_Piece], int]]:
+    """Yields every window with the number of rows that earlier ones leave over, for which it has to have room."""
+    room = 0
+    for window in windows:
+        yield window, room
+        room = (room + sum(piece.rows for piece in window)) % batch_size
 
 
 def _read_ahead(load: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
@@ -173,10 +188,12 @@ def _pieces(manifest: Manifest, split: str, start: int, stop: int) -> Iterator[_
         first += file.rows
 
 
-def _load_images(dataset_uri: str, manifest: Manifest, pieces: Sequence[_Piece]) -> npt.NDArray[np.uint8]:
-    """Returns the images of pieces, one after the other, of shape (n, C, H, W)."""
+def _load_images(
+    dataset_uri: str, manifest: Manifest, pieces: Sequence[_Piece], room: int = 0
+) -> npt.NDArray[np.uint8]:
+    """Returns the images of pieces, one after the other, of shape (room + n, C, H, W), after `room` undefined ones."""
     height, width, channels = manifest.image_shape
-    images = np.empty((sum(piece.rows for piece in pieces), channels, height, width), np.uint8)
+    images = np.empty((room + sum(piece.rows for piece in pieces), channels, height, width), np.uint8)
 
     def copy(target: npt.NDArray[Any], column: pa.Array) -> None:
         # Arrow keeps values of fixed size back to back, so that no row is touched on its own.
@@ -184,7 +201,7 @@ def _load_images(dataset_uri: str, manifest: Manifest, pieces: Sequence[_Piece])
         pixels = np.frombuffer(column.buffers()[1], np.uint8, len(column) * manifest.image_bytes, offset)
         target[...] = pixels.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
 
-    _load(dataset_uri, pieces, "image", images, copy)
+    _load(dataset_uri, pieces, "image", images[room:], copy)
     return images
 
 

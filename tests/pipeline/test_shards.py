@@ -1,5 +1,6 @@
 import hashlib
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -192,11 +193,11 @@ def test_streaming_reads_one_window_ahead_and_no_more(
     third = threading.Event()
     load_images = shards._load_images
 
-    def count(uri: str, manifest: Manifest, pieces: list) -> np.ndarray:
+    def count(uri: str, manifest: Manifest, pieces: list, room: int) -> np.ndarray:
         windows.append(sum(piece.rows for piece in pieces))
         if len(windows) == 3:
             third.set()
-        return load_images(uri, manifest, pieces)
+        return load_images(uri, manifest, pieces, room)
 
     monkeypatch.setattr(shards, "_load_images", count)
     monkeypatch.setattr(shards, "SHUFFLE_BYTES", 90 * 200)
@@ -208,6 +209,27 @@ def test_streaming_reads_one_window_ahead_and_no_more(
         next(stream)
     assert third.wait(10)
     stream.close()
+
+
+def test_streaming_holds_the_window_in_use_and_the_next(
+    dataset: tuple[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: list[weakref.ref[np.ndarray]] = []
+    held: list[int] = []
+    load_images = shards._load_images
+
+    def count(uri: str, manifest: Manifest, pieces: list, room: int) -> np.ndarray:
+        held.append(sum(window() is not None for window in windows))
+        images = load_images(uri, manifest, pieces, room)
+        windows.append(weakref.ref(images))
+        return images
+
+    monkeypatch.setattr(shards, "_load_images", count)
+    monkeypatch.setattr(shards, "SHUFFLE_BYTES", 90 * 200)
+    for _ in stream_batches(*dataset, "train", 0, ROWS, 50, seed=5):
+        pass
+    assert len(held) == 6
+    assert max(held) == 1
 
 
 # --- damage
