@@ -171,7 +171,7 @@ def search(
     """Trains the points of a grid as far as successive halving lets them, and registers the best as `challenger`.
 
     Args:
-        points: what to try; all with the same number of epochs.
+        points: what to try; all trained for the same number of epochs, and validated after the same ones.
         dataset: address of the staged data set.
         store: where searches are kept.
         name: of the search.
@@ -208,7 +208,8 @@ def search(
         _check_resumable(earlier, asked, name, resume)
         if "result" in earlier:
             return SearchResult(**earlier["result"])
-    state = SearchState.new(folder, halving, [point.name for point in points], points[0].config.epochs)
+    common = points[0].config
+    state = SearchState.new(folder, halving, [point.name for point in points], common.epochs, common.validate_every)
     in_common = {}
     if earlier is not None:
         state.restore()
@@ -226,7 +227,7 @@ def search(
         params={
             **data,
             "points": len(points),
-            "epochs": points[0].config.epochs,
+            "epochs": common.epochs,
             **asdict(halving),
         },
         tags={
@@ -278,7 +279,8 @@ def _is_dropped(trial: str, best: str, keep: Keep) -> bool:
 
 
 def _check_points(points: Sequence[Point], dataset: str, manifest: Manifest, num_workers: int) -> None:
-    assert len({point.config.epochs for point in points}) == 1, "trials are compared after the same epochs"
+    compared = {(point.config.epochs, point.config.validate_every) for point in points}
+    assert len(compared) == 1, "trials are compared after the same epochs"
     faults = []
     for point in points:
         try:

@@ -84,20 +84,29 @@ class SearchState:
     _interrupted: list[str] = field(default_factory=list)
 
     @classmethod
-    def new(cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int) -> "SearchState":
+    def new(
+        cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int, validate_every: int = 1
+    ) -> "SearchState":
         """Returns the state of a search that has not begun.
+
+        Args:
+            folder: the search's folder.
+            config: how trials are compared.
+            names: of the trials, in the grid's order.
+            epochs: of a whole training.
+            validate_every: epochs between two validations.
 
         Raises:
             UserError: a trial of so few epochs cannot be compared as told.
         """
         trials = {name: Trial() for name in names}
-        return cls(folder, SuccessiveHalving(config, list(trials), epochs), epochs, trials)
+        return cls(folder, SuccessiveHalving(config, list(trials), epochs, validate_every), epochs, trials)
 
     def restore(self) -> None:
         """Goes back to the state that was kept in the folder.
 
         Raises:
-            UserError: the folder cannot be read.
+            UserError: the folder cannot be read, or the search had other rungs.
         """
         kept = read_state(self.folder)
         assert kept is not None, "the state is written before what tells that there is a search"
@@ -142,7 +151,11 @@ class SearchState:
         return all(trial.status in ENDED for trial in self.trials.values())
 
     def next(self) -> str | None:
-        """Returns the trial that a free slot should train, which runs from now on; `None` if there is none now."""
+        """Returns the trial that a free slot should train, which runs from now on; `None` if there is none now.
+
+        Raises:
+            RuntimeError: nothing is being trained or can be, and yet trials wait: without this, they would for ever.
+        """
         name = next(iter(self._interrupted), None)
         if name is not None:
             self._interrupted.remove(name)
@@ -151,6 +164,9 @@ class SearchState:
         if name is None:
             name = self.halving.promotable()
             if name is None:
+                if not self.ended and not self.count("running"):
+                    waiting = ", ".join(name for name, trial in self.trials.items() if trial.status == "waiting")
+                    raise RuntimeError(f"the search in {self.folder} is stuck: {waiting} wait at rungs, for nothing")
                 return None
             self.halving.promote(name)
             if self.trials[name].reused:

@@ -163,7 +163,7 @@ class TestTune:
             (["s3://infusion/x", "--name", "none", "--resume"], "there is no search none in s3://infusion/x to resume"),
             (["s3://infusion/x", "--name", "a/b"], "'a/b' cannot be the name of a search"),
             (["s3://infusion/x", "--image-shape", "28,28,1"], "28 × 28 × 1; choose another data set"),
-            (["s3://infusion/x", "--grace-epochs", "500"], "compared after 500 epochs first"),
+            (["s3://infusion/x", "--grace-epochs", "500"], "compared after 510 epochs first"),
             (["s3://infusion/x", "--threads-per-worker", "1000"], "can never run: the cluster holds 0 such workers"),
             (["/dev/null/x"], "/dev/null/x/"),
             (["s3://infusion/x", "--reuse", "none"], "there is no search in s3://infusion/x/none to reuse"),

@@ -81,6 +81,15 @@ def test_a_search_is_over_when_all_have_ended(tmp_path: Path) -> None:
     assert state.epochs_trained == 2 + 2 + 4 + 8
 
 
+def test_a_search_in_which_trials_wait_for_nothing_says_so(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    for name in NAMES:
+        state.trials[name].status = "waiting"
+        state.halving.begin(name)
+    with pytest.raises(RuntimeError, match="is stuck: a, b, c, d wait at rungs, for nothing"):
+        state.next()
+
+
 def test_what_is_damaged_is_named(tmp_path: Path) -> None:
     assert read_state(str(tmp_path)) is None
     (tmp_path / STATE_FILE).write_text('{"trials": ')
