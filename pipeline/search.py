@@ -628,6 +628,9 @@ def _tune(trials: _Trials, specs: Mapping[str, TrialSpec], resources: TrialResou
         )
         tuner.fit()
     trials.close()
+    if not trials.state.ended:
+        # Tune takes some signals for a wish to end, and returns as if all had been done.
+        raise KeyboardInterrupt
 
 
 def _point_name(trial: Any) -> str:
@@ -636,10 +639,15 @@ def _point_name(trial: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Tune from drawing tables and from writing CSV and JSON files of every result."""
+    """Keeps Tune from drawing tables, from writing CSV and JSON files of every result, and from taking Ctrl-C."""
     # It misses those files when it looks back, and says so of every trial.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -234,13 +235,7 @@ class TestKilled:
         self, client_env: Mapping[str, str], dataset: str, undisturbed: SearchResult, tmp_path: Path
     ) -> None:
         folder = f"{STORE}/killed"
-        command = [
-            *(sys.executable, "-m", "jobs.tune", dataset, "--runs", STORE, "--name", "killed", "--json"),
-            *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
-            *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", str(LONG), "--validate-every", "1"),
-            *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
-            *("--objective", "denoising", "--synchronise-normalisation"),
-        ]
+        command = long_search(dataset, "killed")
         log = tmp_path / "log"
         with log.open("w") as output:
             driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
@@ -276,6 +271,43 @@ class TestKilled:
         assert MlflowClient().get_run(search_run).info.status == "FINISHED"
         await_that(lambda: not live_trials(), None, log)
         await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_search_that_is_interrupted_is_not_taken_for_finished(
+    ray_cluster: str, dataset: str, undisturbed: SearchResult, tmp_path: Path, number: signal.Signals
+) -> None:
+    name = f"interrupted-by-{number.name}"
+    folder, command, log = f"{STORE}/{name}", long_search(dataset, name), tmp_path / "log"
+    with log.open("w") as output:
+        driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        await_that(lambda: epochs_of(folder) >= 3, driver, log)
+        driver.send_signal(number)
+        assert driver.wait(120) == 130, log.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert log.read_text().endswith("stopped before the end\n")
+    record = json.loads(storage.read_bytes(f"{folder}/{SEARCH_FILE}"))
+    assert "result" not in record
+    assert MlflowClient().get_run(record["mlflow_run"]["run_id"]).info.status == "KILLED"
+    assert "RUNNING" not in statuses("infusion-digits", record["mlflow_run"]["run_id"]).values()
+    resumed = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["best"] == undisturbed.best
+    assert MlflowClient().get_run(record["mlflow_run"]["run_id"]).info.status == "FINISHED"
+
+
+def long_search(dataset: str, name: str) -> list[str]:
+    """The command of a search like `undisturbed`."""
+    return [
+        *(sys.executable, "-m", "jobs.tune", dataset, "--runs", STORE, "--name", name, "--json"),
+        *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
+        *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", str(LONG), "--validate-every", "1"),
+        *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
+        *("--objective", "denoising", "--synchronise-normalisation"),
+    ]
 
 
 def trials_of(folder: str) -> dict[str, Any]:
