@@ -21,7 +21,9 @@ class StopAtUserError(UserCallback):
 def user_error(error: BaseException | None) -> UserError | None:
     """Returns the error in the user's words that an exception from a worker is, wraps or was raised from."""
     while error is not None:
-        if isinstance(error, UserError | InfusionError):
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, InfusionError):
             return UserError(*error.args)
         inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
         for failure in getattr(error, "worker_failures", {}).values():

@@ -364,7 +364,11 @@ def _trial_runs(
 
 
 class _Trials:
-    """What joins a search's state to Ray Tune and to MLflow: it is asked for trials, and told what becomes of them."""
+    """What joins a search's state to Ray Tune and to MLflow: it is asked for trials, and told what becomes of them.
+
+    It is called from within Tune, which would bury what it raised in a traceback of its own, or take it for the failure
+    of a trial: instead, the first error is kept in `error`, and ends the search.
+    """
 
     def __init__(
         self, state: SearchState, runs: Mapping[str, TrackedRun], resources: TrialResources, slots: int
@@ -376,6 +380,7 @@ class _Trials:
         self.processes_are_reused = resources.num_workers == 1
         self.slots = slots
         self.running = 0
+        self.error: Exception | None = None
         self._free_since: dict[int, float] = {}
         self._scheduled_at: dict[str, float] = {}
         self._starts: list[float] = []
@@ -385,15 +390,29 @@ class _Trials:
 
     def next(self) -> str | None:
         """Returns the trial that a free slot should train; `None` if there is none now."""
-        if self.running >= self.slots:
+        if self.over or self.running >= self.slots:
             return None
-        name = self.state.next()
-        if name is not None:
-            self.running += 1
-            self._scheduled_at[name] = time.time()
-            tracking.set_status(self.runs[name], "RUNNING")
-            self.state.save()
-        return name
+        name = None
+        with self._keeping_errors():
+            name = self.state.next()
+            if name is not None:
+                tracking.set_status(self.runs[name], "RUNNING")
+                self.state.save()
+                self._scheduled_at[name] = time.time()
+                self.running += 1
+        return name if self.error is None else None
+
+    @property
+    def over(self) -> bool:
+        """Whether no trial is to be trained any more."""
+        return self.error is not None or self.state.ended
+
+    @contextlib.contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
 
     def left(self) -> None:
         """Notes that a slot is free again."""
@@ -401,16 +420,17 @@ class _Trials:
 
     def report(self, name: str, result: Mapping[str, Any]) -> bool:
         """Notes what a trial reports; returns whether it is to be trained on."""
-        before = self.state.epochs_trained + self.state.epochs_saved
-        self._note_start(name, result)
-        if FAILURE in result:
-            ended = self.state.fail(name, result[FAILURE])
-        else:
-            seconds = result["time_this_iter_s"]
-            ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN))
-        self._settle(ended)
-        self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
-        goes_on = self.state.trials[name].status == "running"
+        with self._keeping_errors():
+            before = self.state.epochs_trained + self.state.epochs_saved
+            self._note_start(name, result)
+            if FAILURE in result:
+                ended = self.state.fail(name, result[FAILURE])
+            else:
+                seconds = result["time_this_iter_s"]
+                ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN))
+            self._settle(ended)
+            self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
+        goes_on = self.error is None and self.state.trials[name].status == "running"
         if not goes_on:
             self._free_since[self._slot(result)] = time.time()
         return goes_on
@@ -418,7 +438,8 @@ class _Trials:
     def died(self, name: str, reason: str) -> None:
         """Notes that a trial's processes died."""
         sys.stderr.write(f"{name}: its process died: {reason}\n")
-        self._settle(self.state.die(name, reason, self.max_failures))
+        with self._keeping_errors():
+            self._settle(self.state.die(name, reason, self.max_failures))
 
     def settle_ended(self) -> None:
         """Does what may be undone for trials that ended before this: in another search, or before an interruption."""
@@ -499,7 +520,7 @@ class _Feed(Searcher):
 
     def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
         """Returns the configuration of the next stretch, `None` if there is none now, or that the search is over."""
-        if self._trials.state.ended:
+        if self._trials.over:
             return Searcher.FINISHED
         name = self._trials.next()
         return None if name is None else {"point": name}
@@ -628,6 +649,8 @@ def _tune(trials: _Trials, specs: Mapping[str, TrialSpec], resources: TrialResou
         )
         tuner.fit()
     trials.close()
+    if trials.error is not None:
+        raise trials.error
     if not trials.state.ended:
         # Tune takes some signals for a wish to end, and returns as if all had been done.
         raise KeyboardInterrupt

@@ -204,12 +204,16 @@ class SearchState:
         return [name, *self.prune_beaten()]
 
     def die(self, name: str, reason: str, max_deaths: int) -> list[str]:
-        """Notes that a running trial's processes died; it goes on from its checkpoint as soon as a slot is free.
+        """Notes that a trial's processes died; it goes on from its checkpoint as soon as a slot is free.
+
+        A trial that was not running, since it has ended or waits, needs none.
 
         Returns:
             The trials that have ended by it, should it have died more often than `max_deaths` times.
         """
         trial = self.trials[name]
+        if trial.status != "running":
+            return []
         trial.deaths += 1
         if trial.deaths > max_deaths:
             return self.fail(name, f"its processes died {trial.deaths} times, the last time so: {reason}")

@@ -6,6 +6,9 @@ is imported once is there. One that needs several has a group of Ray Train worke
 Both keep their checkpoints in the trial's own folder, so that a trial goes on from there whoever starts it: Tune after
 a pause or a failure, or another search of the same name after this one was killed. What such a trial reports first is
 where it is.
+
+A trial that diverges, or whose configuration cannot be trained, reports that it has failed. One that storage or MLflow
+let down raises, which Tune takes for its death: it is tried again from its last checkpoint.
 """
 
 import json
@@ -27,7 +30,7 @@ from infusion_core.errors import InfusionError
 from infusion_core.sampling import sample_batches
 from pipeline import storage
 from pipeline.devices import local_device
-from pipeline.errors import UserError
+from pipeline.errors import ServiceError, UserError
 from pipeline.figures import png, samples_picture
 from pipeline.manifest import Manifest
 from pipeline.ray_failures import StopAtUserError, user_error
@@ -108,6 +111,8 @@ class DeviceTrial(tune.Trainable):
                 spec.memory_limit,
             )
             self._resumed = _restore(training, spec.folder)
+        except ServiceError:
+            raise
         except (UserError, InfusionError) as error:
             self._failure = str(error)
             return
@@ -126,6 +131,8 @@ class DeviceTrial(tune.Trainable):
             metrics = self._where_it_is(training) if self._resumed else self._train(training)
             if training.epoch == training.config.epochs:
                 write_outcome(training, final_metrics(training, test=True), self._spec.folder)
+        except ServiceError:
+            raise
         except (UserError, InfusionError) as error:
             return {FAILURE: str(error), EPOCH: training.epoch, "done": True}
         return self._result(training, metrics)
@@ -265,7 +272,7 @@ class GroupTrial(tune.Trainable):
 
     def _failed(self, epoch: int) -> dict[str, Any]:
         cause = user_error(self._error)
-        if cause is None:
+        if cause is None or isinstance(cause, ServiceError):
             raise RuntimeError("the group of workers ended before its trial") from self._error
         return {FAILURE: str(cause), EPOCH: epoch, "done": True}
 

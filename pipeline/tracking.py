@@ -24,7 +24,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from pipeline.errors import UserError
+from pipeline.errors import ServiceError, UserError
 from pipeline.run_guard import RunGuard, end_nested_runs
 
 METRICS_PER_REQUEST = 1000
@@ -75,12 +75,16 @@ def check_reachable() -> None:
 
 @contextlib.contextmanager
 def mlflow_errors(action: str) -> Iterator[None]:
-    """Turns MLflow's errors into one line that says what could not be done, and at which server."""
+    """Turns MLflow's errors into one line that says what could not be done, and at which server.
+
+    Raises:
+        ServiceError: there was such an error.
+    """
     try:
         yield
     except MlflowException as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot {action} on the MLflow server at {tracking_uri()}: {reason}") from error
+        raise ServiceError(f"cannot {action} on the MLflow server at {tracking_uri()}: {reason}") from error
 
 
 @dataclass(frozen=True)

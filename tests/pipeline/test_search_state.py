@@ -64,6 +64,18 @@ def test_a_trial_whose_process_dies_goes_on_first_until_it_has_died_too_often(tm
     assert state.next() == "b"
 
 
+def test_only_a_trial_that_runs_can_die(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    for _ in range(4):
+        state.next()
+    state.report("a", 2, 5.0, 1.0)
+    state.report("b", 8, 7.0, 1.0)
+    for name, status in (("a", "waiting"), ("b", "finished")):
+        assert state.die(name, "killed", max_deaths=0) == []
+        assert (state.trials[name].status, state.trials[name].deaths) == (status, 0)
+    assert state.next() is None
+
+
 def test_a_search_is_over_when_all_have_ended(tmp_path: Path) -> None:
     state = opened(tmp_path)
     while (name := state.next()) is not None:
