@@ -123,7 +123,7 @@ class SearchResult:
         trials: how many there were.
         finished: trained in full.
         pruned: stopped at a rung.
-        failed: diverged, or died too often.
+        failed: diverged, or died too often; they take no place from others at the rungs.
         reused: of all these, those that were taken over from an earlier search.
         epochs_trained: by all trials.
         epochs_of_full_grid: what training all of them in full would have taken.
@@ -267,8 +267,8 @@ def search(
                 _tune(trials, specs, resources, folder)
             result = _conclude(trials, specs, manifest, name, run, folder, resources)
         write_json(storage.join(folder, SEARCH_FILE), {**record, "result": asdict(result)})
-        for trial, known in state.trials.items():
-            if known.status == "finished" and _is_dropped(trial, result.best, resources.keep):
+        for trial in state.trials:
+            if _is_dropped(trial, result.best, resources.keep):
                 _delete_checkpoints(folder, trial)
     _write_report(run, folder)
     return result
@@ -458,7 +458,8 @@ class _Trials:
                 self._log_outcome(name)
             if trial.status == "failed":
                 sys.stderr.write(f"{name} failed: {trial.reason}\n")
-            if trial.status == "pruned" and self.keep != "all":
+            # Until a trial was trained in full, one that was pruned may be taken up again.
+            if trial.status == "pruned" and self.keep != "all" and self.state.count("finished"):
                 _delete_checkpoints(self.state.folder, name)
 
     def _log_outcome(self, name: str) -> None:

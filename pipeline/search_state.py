@@ -41,7 +41,7 @@ class Trial:
         parzen: the last Parzen-window estimate of validation images, if any was made.
         seconds: for how long it has been trained, as far as is known.
         deaths: how often its processes died.
-        reason: why it failed, or where it was pruned.
+        reason: why it failed, where it was pruned, or why it was taken up again.
         reused: how many of its epochs another search had trained it for.
     """
 
@@ -147,8 +147,9 @@ class SearchState:
 
     @property
     def ended(self) -> bool:
-        """Whether no trial is left to be trained."""
-        return all(trial.status in ENDED for trial in self.trials.values())
+        """Whether all trials have ended, and one was trained in full, unless all have failed."""
+        ended = all(trial.status in ENDED for trial in self.trials.values())
+        return ended and (self.count("finished") > 0 or not self.count("pruned"))
 
     def next(self) -> str | None:
         """Returns the trial that a free slot should train, which runs from now on; `None` if there is none now.
@@ -161,19 +162,29 @@ class SearchState:
             self._interrupted.remove(name)
         else:
             name = next((name for name, trial in self.trials.items() if trial.status == "pending"), None)
-        if name is None:
-            name = self.halving.promotable()
-            if name is None:
-                if not self.ended and not self.count("running"):
-                    waiting = ", ".join(name for name, trial in self.trials.items() if trial.status == "waiting")
-                    raise RuntimeError(f"the search in {self.folder} is stuck: {waiting} wait at rungs, for nothing")
-                return None
+        if name is None and (name := self.halving.promotable()) is not None:
             self.halving.promote(name)
-            if self.trials[name].reused:
-                # It is known by its bounds only, and trained anew.
-                self.trials[name].epoch = self.trials[name].reused = 0
-        self.trials[name].status = "running"
+        if name is None:
+            if self.ended or self.count("running"):
+                return None
+            name = self._take_up_again()
+        trial = self.trials[name]
+        if trial.reused:
+            # It is known by its bounds only, and trained anew.
+            trial.epoch = trial.reused = 0
+        trial.status = "running"
         self.halving.begin(name)
+        return name
+
+    def _take_up_again(self) -> str:
+        """Returns the pruned trial that goes on, since all that were preferred to it have failed."""
+        if self.count("waiting"):
+            waiting = ", ".join(name for name, trial in self.trials.items() if trial.status == "waiting")
+            raise RuntimeError(f"the search in {self.folder} is stuck: {waiting} wait at rungs, for nothing")
+        name = self.halving.spare()
+        assert name is not None, "a trial is pruned at a rung"
+        self.halving.revive(name)
+        self.trials[name].reason = "taken up again, since all others that went on have failed"
         return name
 
     def report(self, name: str, epoch: int, bound: float, seconds: float, parzen: float | None = None) -> list[str]:
@@ -189,7 +200,7 @@ class SearchState:
         trial.parzen = trial.parzen if parzen is None else parzen
         trial.seconds += seconds
         if epoch >= self.epochs:
-            self._end(name, "finished")
+            self._end(name, "finished", trial.reason)
             return [name, *self.prune_beaten()]
         decision = self.halving.report(name, epoch, bound)
         if decision == Decision.WAIT:
@@ -201,6 +212,7 @@ class SearchState:
     def fail(self, name: str, reason: str) -> list[str]:
         """Notes that a trial has failed for good; returns the trials that have ended by it."""
         self._end(name, "failed", reason)
+        self.halving.fail(name)
         return [name, *self.prune_beaten()]
 
     def die(self, name: str, reason: str, max_deaths: int) -> list[str]:

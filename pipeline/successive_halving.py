@@ -11,6 +11,9 @@ to compare them by. Two forms differ in what becomes of a trial that is not amon
 - *stopping* (Ray Tune's `AsyncHyperBandScheduler`): it is stopped for good if it is worse than the best 1/η of those
   that came before it. The first to come always passes, and those that come early have few to be compared with.
 
+A trial that fails leaves the ranking: it takes no place from others. Should all that passed fail, the best of the
+stopped ones goes on (`spare`).
+
 This module knows names, epochs and values, higher ones being better; what runs the trials is elsewhere. All that it
 knows follows from what was recorded at the rungs, who has passed, and who has ended, which `to_json` returns.
 """
@@ -193,8 +196,34 @@ class SuccessiveHalving:
         return True
 
     def end(self, trial: str) -> None:
-        """Notes that a trial will report no more: it was stopped, has finished or has failed."""
+        """Notes that a trial will report no more: it was stopped, or has finished."""
         self._ended.add(trial)
+
+    def fail(self, trial: str) -> None:
+        """Notes that a trial has failed, and forgets how it compared with others."""
+        self.end(trial)
+        for rung in self._of(trial):
+            rung.recorded.pop(trial, None)
+            rung.passed.discard(trial)
+
+    def spare(self) -> str | None:
+        """Returns the stopped trial that is to go on where no other is left, to be told by `revive`.
+
+        It is the best of those that came furthest.
+        """
+        stopped = {
+            trial: (rung.epoch, value)
+            for rungs in self._rungs
+            for rung in rungs
+            for trial, value in rung.recorded.items()
+            if trial not in rung.passed and trial in self._ended
+        }
+        return max(stopped, key=lambda trial: stopped[trial], default=None)
+
+    def revive(self, trial: str) -> None:
+        """Lets a stopped trial go on."""
+        self._ended.remove(trial)
+        self.promote(trial)
 
     def promotable(self) -> str | None:
         """Returns the waiting trial that a free slot should go to, to be told by `promote`.

@@ -1,6 +1,8 @@
 """What a search keeps of its trials: written, read again, and the same afterwards."""
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +64,37 @@ def test_a_trial_whose_process_dies_goes_on_first_until_it_has_died_too_often(tm
     assert state.trials["a"].status == "failed"
     assert state.trials["a"].reason == "its processes died 2 times, the last time so: killed"
     assert state.next() == "b"
+
+
+@pytest.mark.parametrize("halving", ["promoting", "stopping"])
+@pytest.mark.parametrize("brackets", [1, 2])
+@pytest.mark.parametrize("often", [0.0, 0.05, 0.3])
+def test_where_trials_fail_another_is_trained_in_full(
+    halving: Any, brackets: int, often: float, tmp_path: Path
+) -> None:
+    taken_up_again = 0
+    for seed in range(30):
+        draw = random.Random(seed)
+        names = [f"trial-{i}" for i in range(draw.randint(1, 20))]
+        config = HalvingConfig(halving=halving, grace_epochs=2, reduction_factor=3, brackets=brackets)
+        state = SearchState.new(str(tmp_path), config, names, 40)
+        sound, slots = draw.choice(names), draw.randint(1, 4)
+        running: list[str] = []
+        while True:
+            while len(running) < slots and (name := state.next()) is not None:
+                taken_up_again += state.trials[name].reason != ""
+                running.append(name)
+            if not running:
+                break
+            name = draw.choice(running)
+            if name != sound and draw.random() < often:
+                state.fail(name, "diverged")
+            else:
+                state.report(name, state.trials[name].epoch + 1, draw.gauss(), 1.0)
+            running = [name for name in running if state.trials[name].status == "running"]
+        assert state.ended
+        assert state.count("finished")
+    assert (taken_up_again > 0) == (often > 0)
 
 
 def test_only_a_trial_that_runs_can_die(tmp_path: Path) -> None:

@@ -148,6 +148,20 @@ def test_trials_that_fail_hold_nobody_up() -> None:
     assert state.beaten() == ["trial-0"]
 
 
+def test_trials_that_failed_take_no_places() -> None:
+    state = SuccessiveHalving(HalvingConfig(grace_epochs=3), names(7), EPOCHS)
+    for i, value in enumerate([10.0, 9.0, 8.0, 7.0, 6.0, 5.0]):
+        state.report(f"trial-{i}", 3, value)
+        if i == 0:
+            state.fail("trial-0")
+    state.report("trial-6", 3, 4.0)
+    # Of the six others, two pass.
+    for expected in ("trial-1", "trial-2", None):
+        assert state.promotable() == expected
+        if expected:
+            state.promote(expected)
+
+
 def test_a_trial_that_too_many_have_beaten_is_not_kept_waiting() -> None:
     state = SuccessiveHalving(HalvingConfig(grace_epochs=3), names(6), EPOCHS)
     decisions = [state.report(f"trial-{i}", 3, 10.0 - i) for i in range(4)]
