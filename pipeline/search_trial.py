@@ -150,8 +150,9 @@ class DeviceTrial(tune.Trainable):
             if report.validated:
                 break
         assert report is not None, "Tune asks for no more of a trial that has ended"
-        _save(training, self._spec.folder)
+        # What a checkpoint has behind it is not trained again, and could not be logged any more.
         log_epochs(training, unlogged, self._spec.run, report.pictures_due)
+        _save(training, self._spec.folder)
         return report.metrics
 
     def _result(self, training: Training, metrics: Mapping[str, float]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def test_a_tracking_server_that_fails_is_not_the_trials_failure(
 ) -> None:
     with pytest.raises(ServiceError, match=r"on the MLflow server at http://127\.0\.0\.1:9"):
         trial(spec(staged_digits, tmp_path)).step()
+    # What could not be logged is trained again.
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_trained_fails(no_mlflow: None, staged_digits: str, tmp_path: Path) -> None:
