@@ -15,7 +15,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,9 @@ class DeviceTrial(tune.Trainable):
         torch.set_num_threads(spec.threads_per_worker)
         self._spec = spec
         self._first_step_at = 0.0
+        # Nothing of the trial before may be held while this one's images and model need the memory.
         self._training: Training | None = None
+        self._epochs: Iterator[EpochReport] = iter(())
         self._resumed = False
         try:
             training = Training(

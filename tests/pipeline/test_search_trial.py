@@ -1,6 +1,7 @@
 """One trial in one process, without Tune: what it reports, what it raises, and what it keeps."""
 
 import dataclasses
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,15 @@ def test_a_tracking_server_that_fails_is_not_the_trials_failure(
 def test_what_cannot_be_trained_fails(no_mlflow: None, staged_digits: str, tmp_path: Path) -> None:
     assert "the training diverged" in trial(spec(staged_digits, tmp_path, learning_rate=1e39)).step()[FAILURE]
     assert "cannot be shared" in trial(spec(staged_digits, tmp_path, global_batch=1)).step()[FAILURE]
+
+
+def test_a_trial_leaves_nothing_behind_in_its_process(staged_digits: str, tmp_path: Path) -> None:
+    other = dataclasses.replace(spec(str(tmp_path / "none"), tmp_path), point="b")
+    opened = trial(spec(staged_digits, tmp_path), other)
+    next(opened._epochs)
+    assert opened._training is not None
+    images = weakref.ref(opened._training.images)
+    # It is let go before the next one is built, which fails here.
+    opened.reset_config({"point": "b"})
+    assert "not a staged data set" in opened.step()[FAILURE]
+    assert images() is None
