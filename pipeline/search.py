@@ -79,7 +79,7 @@ class TrialResources:
             half of what is free.
         keep: of which trials checkpoints and models are kept in the search's folder: of the best, of none, or of all.
         criterion: by what the best is chosen of the trials that were trained in full: the validation lower bound, or
-            the Parzen-window estimate. Pruning goes by the bound.
+            the Parzen-window estimate of their finished models. Pruning goes by the bound.
 
     Raises:
         UserError: a value is out of range.
@@ -427,13 +427,22 @@ class _Trials:
                 ended = self.state.fail(name, result[FAILURE])
             else:
                 seconds = result["time_this_iter_s"]
-                ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN))
+                ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, self._parzen(name, result))
             self._settle(ended)
             self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
         goes_on = self.error is None and self.state.trials[name].status == "running"
         if not goes_on:
             self._free_since[self._slot(result)] = time.time()
         return goes_on
+
+    def _parzen(self, name: str, result: Mapping[str, Any]) -> float | None:
+        """Returns the Parzen-window estimate that belongs to a report, if there is one.
+
+        The last report's own is that of the last epoch's weights, which need not be those of the finished model.
+        """
+        metrics = result if result[EPOCH] < self.state.epochs else self._outcome(name)["metrics"]
+        parzen = metrics.get(PARZEN)
+        return None if parzen is None else float(parzen)
 
     def died(self, name: str, reason: str) -> None:
         """Notes that a trial's processes died."""
@@ -463,11 +472,16 @@ class _Trials:
                 _delete_checkpoints(self.state.folder, name)
 
     def _log_outcome(self, name: str) -> None:
-        """Logs the finished model's figures, that of the test split among them."""
-        outcome = read_json(storage.join(self.state.folder, TRIALS_FOLDER, name, OUTCOME_FILE))
-        assert outcome is not None, "a trial writes its outcome before it reports its last epoch"
+        """Logs the finished model's figures of the test split."""
+        outcome = self._outcome(name)
         metrics = {key: value for key, value in outcome["metrics"].items() if key.startswith("test/")}
         self.runs[name].log_metrics([(outcome["best_epoch"], metrics)])
+
+    def _outcome(self, name: str) -> dict[str, Any]:
+        """Returns what was found of a finished model."""
+        outcome = read_json(storage.join(self.state.folder, TRIALS_FOLDER, name, OUTCOME_FILE))
+        assert outcome is not None, "a trial writes its outcome before it reports its last epoch"
+        return outcome
 
     def _note(self) -> str:
         state = self.state

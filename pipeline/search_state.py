@@ -38,7 +38,8 @@ class Trial:
         epoch: how many epochs it has been trained for.
         bound: the last validation lower bound, nats per image; `None` before the first.
         best_bound: the best one.
-        parzen: the last Parzen-window estimate of validation images, if any was made.
+        parzen: the last Parzen-window estimate of validation images, if any was made; that of the finished model, if
+            it was trained in full.
         seconds: for how long it has been trained, as far as is known.
         deaths: how often its processes died.
         reason: why it failed, where it was pruned, or why it was taken up again.

@@ -218,6 +218,24 @@ def test_a_group_that_goes_on_says_first_where_it_is(ray_cluster: str, dataset: 
     assert then[0] == first[-1]
 
 
+def test_the_best_by_the_parzen_window_estimate(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    # Validated with statistics of few images, other than those that the finished model has.
+    base = dataclasses.replace(BASE, epochs=3, figures_every=1, statistics_images=128)
+    points = grid_points(Grid(constant=(0.05, 0.3)), base)
+    resources = TrialResources(criterion="parzen")
+    result = search(points, dataset, bucket_uri, "parzen", HalvingConfig(halving="none"), resources)
+    expected = {}
+    for point in points:
+        training = Training(point.config, dataset, Manifest.load(dataset))
+        list(training.epochs())
+        training.finish()
+        expected[point.name] = training.parzen(0.2)
+        assert training.history[-1]["valid/parzen"] != pytest.approx(expected[point.name], rel=1e-6)
+    trials = trials_of(result.folder)
+    assert {name: trial["parzen"] for name, trial in trials.items()} == pytest.approx(expected, rel=1e-6)
+    assert result.best == max(expected, key=lambda name: expected[name])
+
+
 def test_a_trial_that_diverges_fails_and_says_why(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
     points = grid_points(Grid(over={"learning_rate": (1e-3, 1e30)}), dataclasses.replace(BASE, epochs=2))
     result = search(points, dataset, bucket_uri, "diverged", HalvingConfig(halving="none"), TrialResources())

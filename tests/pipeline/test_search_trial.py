@@ -9,8 +9,10 @@ import pytest
 
 from infusion_core.model import ModelConfig
 from pipeline.errors import ServiceError
+from pipeline.manifest import Manifest
 from pipeline.search_trial import FAILURE, DeviceTrial, TrialSpec
-from pipeline.training import TrainConfig
+from pipeline.train_worker import final_metrics
+from pipeline.training import TrainConfig, Training
 
 CONFIG = TrainConfig(
     model=ModelConfig(image_shape=(8, 8, 1), levels=17, num_steps=2, hidden_sizes=(8,)), epochs=2, global_batch=512
@@ -66,3 +68,15 @@ def test_a_trial_leaves_nothing_behind_in_its_process(staged_digits: str, tmp_pa
     opened.reset_config({"point": "b"})
     assert "not a staged data set" in opened.step()[FAILURE]
     assert images() is None
+
+
+def test_the_parzen_window_estimate_is_that_of_the_finished_model(staged_digits: str) -> None:
+    config = dataclasses.replace(CONFIG, parzen_bandwidth=0.2, figures_every=1)
+    training = Training(config, staged_digits, Manifest.load(staged_digits))
+    epochs = training.epochs()
+    first = next(epochs).metrics["valid/parzen"]
+    # Whatever comes after the first epoch is worse.
+    training.best_bound = float("inf")
+    last = next(epochs).metrics["valid/parzen"]
+    assert final_metrics(training, test=False)["valid/parzen"] == pytest.approx(first)
+    assert last != pytest.approx(first)
