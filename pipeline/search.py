@@ -64,6 +64,10 @@ REPORT_EVERY_SECONDS = 60
 
 Keep = Literal["best", "none", "all"]
 
+# A group's checkpoints are not those of a single worker, and each worker draws its own noise.
+_LASTING = ("num_workers", "criterion")
+"""Fields of `TrialResources` that stay the same when a search is resumed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResources:
@@ -198,6 +202,7 @@ def search(
     asked: dict[str, Any] = {
         "points": {point.name: point.config.to_json() for point in points},
         "halving": asdict(halving),
+        **{field: getattr(resources, field) for field in _LASTING},
         **data,
     }
     # As it will be read again: JSON has no tuples.
@@ -308,6 +313,8 @@ def _check_resumable(earlier: Mapping[str, Any], asked: Mapping[str, Any], name:
         if own := [difference for difference in differences if difference not in common]:
             changed.append(f"{point}: {', '.join(own)}")
     changed += _differences(earlier["halving"], asked["halving"])
+    lasting = [field for field in _LASTING if field in earlier]
+    changed += _differences({field: earlier[field] for field in lasting}, {field: asked[field] for field in lasting})
     if earlier["dataset_fingerprint"] != asked["dataset_fingerprint"]:
         changed.append("the data set holds other images than then")
     if changed:

@@ -1,11 +1,13 @@
 """What a search does by itself, without a cluster."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 from ray.tune.search import Searcher
 
-from pipeline.errors import ServiceError
-from pipeline.search import TrialResources, _Feed, _Trials
+from pipeline.errors import ServiceError, UserError
+from pipeline.search import TrialResources, _check_resumable, _Feed, _Trials
 from pipeline.search_state import SearchState
 from pipeline.search_trial import BOUND, EPOCH
 from pipeline.successive_halving import HalvingConfig
@@ -30,3 +32,23 @@ def test_what_goes_wrong_on_the_driver_ends_the_search_and_is_kept(tmp_path: Pat
     first = trials.error
     trials.died("a", "killed")
     assert trials.error is first
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_workers", 2, "other settings: num_workers was 1 and is now 2; resume it with the same ones"),
+        ("criterion", "parzen", "other settings: criterion was lower_bound and is now parzen; resume it with"),
+    ],
+)
+def test_a_search_is_resumed_with_what_its_trials_depend_on(field: str, value: object, message: str) -> None:
+    before: dict[str, Any] = {
+        "points": {},
+        "halving": {},
+        "dataset_fingerprint": "these",
+        "num_workers": 1,
+        "criterion": "lower_bound",
+    }
+    _check_resumable(before, before, "rates", resume=True)
+    with pytest.raises(UserError, match=message):
+        _check_resumable(before, {**before, field: value}, "rates", resume=True)
