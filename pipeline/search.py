@@ -261,7 +261,6 @@ def search(
                 num_workers=resources.num_workers,
                 threads_per_worker=resources.threads_per_worker,
                 gpus_per_worker=resources.gpus_per_worker,
-                max_failures=resources.max_failures,
                 memory_limit=None if resources.shard_memory_mib is None else resources.shard_memory_mib * 2**20,
             )
             for point in points

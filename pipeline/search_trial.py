@@ -33,7 +33,7 @@ from pipeline.devices import local_device
 from pipeline.errors import ServiceError, UserError
 from pipeline.figures import png, samples_picture
 from pipeline.manifest import Manifest
-from pipeline.ray_failures import StopAtUserError, user_error
+from pipeline.ray_failures import first_cause, user_error
 from pipeline.search_state import SAMPLES_FILE
 from pipeline.train_worker import FIRST_STEP_AT, final_metrics, log_epochs, train_worker, write_outcome
 from pipeline.training import EpochReport, TrainConfig, Training, Worker
@@ -60,7 +60,6 @@ class TrialSpec:
         num_workers: workers of its group; 1 trains in the trial's own process.
         threads_per_worker: CPU threads of each.
         gpus_per_worker: share of a GPU that each has; 0 for none.
-        max_failures: how often a group of workers that died is started again.
         memory_limit: bytes of memory that a worker's images may occupy; `None` for half of what is free.
     """
 
@@ -72,7 +71,6 @@ class TrialSpec:
     num_workers: int = 1
     threads_per_worker: int = 1
     gpus_per_worker: float = 0.0
-    max_failures: int = 3
     memory_limit: int | None = None
 
 
@@ -250,9 +248,10 @@ class GroupTrial(tune.Trainable):
             run_config=RunConfig(  # type: ignore[call-arg]
                 name=name,
                 storage_path=store,
-                failure_config=FailureConfig(max_failures=spec.max_failures),
+                # It is the search that counts deaths, and starts the group again.
+                failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
-                callbacks=[StopAtUserError(), _ForwardReports(self._reports)],  # type: ignore[list-item]
+                callbacks=[_ForwardReports(self._reports)],  # type: ignore[list-item]
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -269,14 +268,15 @@ class GroupTrial(tune.Trainable):
             # The finished model is made after the last report.
             self._thread.join()
             if self._error is not None:
-                return self._failed(0 if report is None else report[EPOCH])
+                return self._failed(self._error, 0 if report is None else report[EPOCH])
         assert report is not None, "a group that ends without its last report has failed"
         return {**report, "timesteps_total": report[EPOCH], "done": report[EPOCH] == self._epochs}
 
-    def _failed(self, epoch: int) -> dict[str, Any]:
-        cause = user_error(self._error)
+    def _failed(self, error: BaseException, epoch: int) -> dict[str, Any]:
+        cause = user_error(error)
         if cause is None or isinstance(cause, ServiceError):
-            raise RuntimeError("the group of workers ended before its trial") from self._error
+            # Of what it is raised from, the line with the reason would be the last that is shown.
+            raise RuntimeError(f"the group of workers ended before its trial: {first_cause(error)}") from None
         return {FAILURE: str(cause), EPOCH: epoch, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:  # noqa: ARG002

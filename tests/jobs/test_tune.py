@@ -218,6 +218,25 @@ def test_a_group_that_goes_on_says_first_where_it_is(ray_cluster: str, dataset: 
     assert then[0] == first[-1]
 
 
+def test_a_group_of_which_a_worker_dies_is_left_to_the_search(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    (point,) = grid_points(Grid(constant=(0.1,)), dataclasses.replace(BASE, epochs=1000))
+    with tracking.owned_run("groups", "dying", params={}, tags={}) as run:
+        spec = TrialSpec(
+            point=point.name,
+            config=point.config.to_json(),
+            dataset=dataset,
+            folder=f"{bucket_uri}/dying",
+            run=dataclasses.asdict(run),
+            num_workers=2,
+        )
+        trial = tune.with_parameters(GroupTrial, specs={point.name: spec})({"point": point.name})
+        assert trial.step()["epoch"] == 1
+        workers = [actor for actor in list_actors() if actor.class_name == "RayTrainWorker" and actor.state == "ALIVE"]
+        psutil.Process(workers[0].pid).kill()
+        with pytest.raises(RuntimeError, match=r"ended before its trial: \w+Error: .*died"):
+            list(iter(trial.step, None))
+
+
 def test_the_best_by_the_parzen_window_estimate(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
     # Validated with statistics of few images, other than those that the finished model has.
     base = dataclasses.replace(BASE, epochs=3, figures_every=1, statistics_images=128)
