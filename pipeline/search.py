@@ -369,6 +369,58 @@ def _trial_runs(
     }
 
 
+class _Slots:
+    """Who has which slot, and how long trials take from getting one to their first step.
+
+    Args:
+        count: how many there are.
+        processes_are_reused: whether a trial takes over the process of the one before, or has processes of its own.
+    """
+
+    def __init__(self, count: int, *, processes_are_reused: bool) -> None:
+        self._free = set(range(count))
+        self._processes_are_reused = processes_are_reused
+        self._slot_of: dict[str, int] = {}
+        self._scheduled_at: dict[str, float] = {}
+        self._free_since: dict[int, float] = {}
+        self._starts: list[float] = []
+
+    def __bool__(self) -> bool:
+        """Whether one is free."""
+        return bool(self._free)
+
+    def take(self, trial: str) -> None:
+        """Gives a free slot to a trial."""
+        slot = self._slot_of[trial] = min(self._free)
+        self._free.remove(slot)
+        self._scheduled_at[trial] = time.time()
+
+    def note_first_step(self, trial: str, result: Mapping[str, Any]) -> None:
+        """Notes what a report says of when the trial took its first step."""
+        if not result.get(FIRST_STEP_AT) or trial not in self._scheduled_at:
+            return
+        scheduled_at, free_since = self._scheduled_at.pop(trial), self._free_since.get(self._key(trial, result))
+        if free_since is not None:
+            self._starts.append(result[FIRST_STEP_AT] - max(scheduled_at, free_since))
+
+    def note_end(self, trial: str, result: Mapping[str, Any]) -> None:
+        """Notes that a report was the trial's last."""
+        self._free_since[self._key(trial, result)] = time.time()
+
+    def leave(self, trial: str) -> None:
+        """Takes a trial's slot back."""
+        self._free.add(self._slot_of.pop(trial))
+
+    def _key(self, trial: str, result: Mapping[str, Any]) -> int:
+        # Where the cluster holds fewer trials than there are slots, it is a process that they wait for.
+        return int(result["pid"]) if self._processes_are_reused else self._slot_of[trial]
+
+    @property
+    def start_seconds(self) -> float | None:
+        """See `SearchResult.trial_start_seconds`."""
+        return mean(self._starts) if self._starts else None
+
+
 class _Trials:
     """What joins a search's state to Ray Tune and to MLflow: it is asked for trials, and told what becomes of them.
 
@@ -383,20 +435,15 @@ class _Trials:
         self.runs = runs
         self.keep = resources.keep
         self.max_failures = resources.max_failures
-        self.processes_are_reused = resources.num_workers == 1
-        self.slots = slots
-        self.running = 0
+        self.slots = _Slots(slots, processes_are_reused=resources.num_workers == 1)
         self.error: Exception | None = None
-        self._free_since: dict[int, float] = {}
-        self._scheduled_at: dict[str, float] = {}
-        self._starts: list[float] = []
         total = len(state.trials) * state.epochs
         done = state.epochs_trained + state.epochs_saved
         self._progress = Progress("search", total, "epochs trained or saved", done=done, interval=10)
 
     def next(self) -> str | None:
         """Returns the trial that a free slot should train; `None` if there is none now."""
-        if self.over or self.running >= self.slots:
+        if self.over or not self.slots:
             return None
         name = None
         with self._keeping_errors():
@@ -404,8 +451,7 @@ class _Trials:
             if name is not None:
                 tracking.set_status(self.runs[name], "RUNNING")
                 self.state.save()
-                self._scheduled_at[name] = time.time()
-                self.running += 1
+                self.slots.take(name)
         return name if self.error is None else None
 
     @property
@@ -420,15 +466,11 @@ class _Trials:
         except Exception as error:
             self.error = self.error or error
 
-    def left(self) -> None:
-        """Notes that a slot is free again."""
-        self.running -= 1
-
     def report(self, name: str, result: Mapping[str, Any]) -> bool:
         """Notes what a trial reports; returns whether it is to be trained on."""
         with self._keeping_errors():
             before = self.state.epochs_trained + self.state.epochs_saved
-            self._note_start(name, result)
+            self.slots.note_first_step(name, result)
             if FAILURE in result:
                 ended = self.state.fail(name, result[FAILURE])
             else:
@@ -438,7 +480,7 @@ class _Trials:
             self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
         goes_on = self.error is None and self.state.trials[name].status == "running"
         if not goes_on:
-            self._free_since[self._slot(result)] = time.time()
+            self.slots.note_end(name, result)
         return goes_on
 
     def _parzen(self, name: str, result: Mapping[str, Any]) -> float | None:
@@ -502,23 +544,6 @@ class _Trials:
             parts.append(f"best {bound:.2f} nats by {name}")
         return "; ".join(parts)
 
-    def _note_start(self, name: str, result: Mapping[str, Any]) -> None:
-        """Notes how long the trial took to its first step, from when it was scheduled and its slot was free."""
-        if not result.get(FIRST_STEP_AT) or name not in self._scheduled_at:
-            return
-        scheduled_at, free_since = self._scheduled_at.pop(name), self._free_since.get(self._slot(result))
-        if free_since is not None:
-            self._starts.append(result[FIRST_STEP_AT] - max(scheduled_at, free_since))
-
-    def _slot(self, result: Mapping[str, Any]) -> int:
-        """Returns what tells slots apart: their processes, or nothing where every trial has processes of its own."""
-        return int(result["pid"]) if self.processes_are_reused else 0
-
-    @property
-    def start_seconds(self) -> float | None:
-        """See `SearchResult.trial_start_seconds`."""
-        return mean(self._starts) if self._starts else None
-
     def close(self) -> None:
         """Prints the last line of progress."""
         sys.stderr.write(f"search: {self._note()}\n")
@@ -538,17 +563,22 @@ class _Feed(Searcher):
     def __init__(self, trials: _Trials) -> None:
         super().__init__()
         self._trials = trials
+        self._names: dict[str, str] = {}
 
-    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
+    def suggest(self, trial_id: str) -> Any:
         """Returns the configuration of the next stretch, `None` if there is none now, or that the search is over."""
         if self._trials.over:
             return Searcher.FINISHED
         name = self._trials.next()
-        return None if name is None else {"point": name}
+        if name is None:
+            return None
+        self._names[trial_id] = name
+        return {"point": name}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:  # noqa: ARG002
-        """Notes that a stretch is over."""
-        self._trials.left()
+        """Notes that a stretch is over; Tune may say so twice."""
+        if (name := self._names.pop(trial_id, None)) is not None:
+            self._trials.slots.leave(name)
 
     def save(self, checkpoint_path: str) -> None:
         """Keeps nothing in Tune's files: a search is resumed from its own state."""
@@ -746,7 +776,7 @@ def _conclude(
         epochs_trained=state.epochs_trained,
         epochs_of_full_grid=len(state.trials) * state.epochs,
         device_seconds=resources.num_workers * sum(trial.seconds for trial in state.trials.values()),
-        trial_start_seconds=trials.start_seconds,
+        trial_start_seconds=trials.slots.start_seconds,
         mlflow_run=run.uri,
         folder=folder,
         tensorboard=storage.join(folder, TUNE_FOLDER),

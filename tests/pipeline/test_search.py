@@ -1,5 +1,6 @@
 """What a search does by itself, without a cluster."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import pytest
 from ray.tune.search import Searcher
 
 from pipeline.errors import ServiceError, UserError
-from pipeline.search import TrialResources, _check_resumable, _Feed, _Trials
+from pipeline.search import TrialResources, _check_resumable, _Feed, _Slots, _Trials
 from pipeline.search_state import SearchState
 from pipeline.search_trial import BOUND, EPOCH
 from pipeline.successive_halving import HalvingConfig
+from pipeline.train_worker import FIRST_STEP_AT
 
 
 def opened(folder: Path) -> SearchState:
@@ -52,3 +54,22 @@ def test_a_search_is_resumed_with_what_its_trials_depend_on(field: str, value: o
     _check_resumable(before, before, "rates", resume=True)
     with pytest.raises(UserError, match=message):
         _check_resumable(before, {**before, field: value}, "rates", resume=True)
+
+
+@pytest.mark.parametrize("processes_are_reused", [True, False])
+def test_a_trials_start_has_nothing_to_do_with_who_leaves_another_slot(processes_are_reused: bool) -> None:
+    slots = _Slots(2, processes_are_reused=processes_are_reused)
+    for name in ("a", "b"):
+        slots.take(name)
+    assert not slots
+    slots.note_first_step("a", {FIRST_STEP_AT: time.time(), "pid": 1})
+    assert slots.start_seconds is None
+    slots.note_end("a", {"pid": 1})
+    slots.leave("a")
+    slots.take("c")
+    first_step_at = slots._scheduled_at["c"]
+    # Before this is reported, the other slot is left.
+    slots.note_end("b", {"pid": 2})
+    slots.leave("b")
+    slots.note_first_step("c", {FIRST_STEP_AT: first_step_at, "pid": 1})
+    assert slots.start_seconds == 0
