@@ -25,7 +25,7 @@ from pipeline.search import SearchResult, TrialResources, search
 from pipeline.search_grid import Grid, grid_points
 from pipeline.search_reuse import REUSED_TAG
 from pipeline.search_state import SEARCH_FILE, read_state
-from pipeline.search_trial import GroupTrial, TrialSpec
+from pipeline.search_trial import FAILURE, GroupTrial, TrialSpec
 from pipeline.staging import stage
 from pipeline.successive_halving import HalvingConfig
 from pipeline.training import TrainConfig, Training
@@ -235,6 +235,28 @@ def test_a_group_of_which_a_worker_dies_is_left_to_the_search(ray_cluster: str, 
         psutil.Process(workers[0].pid).kill()
         with pytest.raises(RuntimeError, match=r"ended before its trial: \w+Error: .*died"):
             list(iter(trial.step, None))
+
+
+@pytest.mark.parametrize("diverges", [True, False])
+def test_a_group_fails_by_divergence_and_dies_of_services(
+    diverges: bool, ray_cluster: str, dataset: str, bucket_uri: str
+) -> None:
+    config = dataclasses.replace(BASE, learning_rate=1e30) if diverges else BASE
+    spec = TrialSpec(
+        point="a",
+        config=config.to_json(),
+        dataset=dataset,
+        folder=f"{bucket_uri}/failing",
+        # MLflow has no such run.
+        run={"run_id": "0" * 32, "experiment_id": "0"},
+        num_workers=2,
+    )
+    trial = tune.with_parameters(GroupTrial, specs={"a": spec})({"point": "a"})
+    if diverges:
+        assert "the training diverged" in trial.step()[FAILURE]
+    else:
+        with pytest.raises(RuntimeError, match="ended before its trial: ServiceError: cannot log metrics of run 000"):
+            trial.step()
 
 
 def test_the_best_by_the_parzen_window_estimate(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
