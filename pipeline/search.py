@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -212,7 +212,14 @@ def search(
     if earlier is not None:
         _check_resumable(earlier, asked, name, resume)
         if "result" in earlier:
-            return SearchResult(**earlier["result"])
+            result = SearchResult(**earlier["result"])
+            run = TrackedRun(**earlier["mlflow_run"])
+            if run.status() != "FINISHED":
+                # It was interrupted after it had found its result.
+                _delete_dropped(folder, asked["points"], result.best, resources.keep)
+                tracking.set_status(run, "FINISHED")
+                _write_report(run, folder)
+            return result
     common = points[0].config
     state = SearchState.new(folder, halving, [point.name for point in points], common.epochs, common.validate_every)
     in_common = {}
@@ -222,8 +229,7 @@ def search(
         in_common = earlier_trials(storage.join(store, reuse), points, data["dataset_fingerprint"], resources.criterion)
     cluster.connect()
     cluster.check_capacity(resources.num_workers, resources.per_worker)
-    slots = int(min(cluster.most_workers(resources.per_worker) // resources.num_workers, len(points)))
-    slots = min(slots, resources.max_concurrent or slots)
+    slots = _slots(cluster.most_workers(resources.per_worker), len(points), resources)
     # A folder that cannot be written to is found out before anything is started.
     state.save()
     with tracking.owned_run(
@@ -271,15 +277,23 @@ def search(
                 _tune(trials, specs, resources, folder)
             result = _conclude(trials, specs, manifest, name, run, folder, resources)
         write_json(storage.join(folder, SEARCH_FILE), {**record, "result": asdict(result)})
-        for trial in state.trials:
-            if _is_dropped(trial, result.best, resources.keep):
-                _delete_checkpoints(folder, trial)
+        _delete_dropped(folder, state.trials, result.best, resources.keep)
     _write_report(run, folder)
     return result
 
 
-def _is_dropped(trial: str, best: str, keep: Keep) -> bool:
-    return keep == "none" or (keep == "best" and trial != best)
+def _slots(most_workers: float, points: int, resources: TrialResources) -> int:
+    """Returns how many trials are trained at a time."""
+    # A cluster that may grow without limit holds infinitely many workers.
+    trials = min(most_workers, points * resources.num_workers) // resources.num_workers
+    return min(int(trials), resources.max_concurrent or points)
+
+
+def _delete_dropped(folder: str, trials: Iterable[str], best: str, keep: Keep) -> None:
+    """Deletes what is not kept of trials when a search has its result."""
+    for trial in trials:
+        if keep == "none" or (keep == "best" and trial != best):
+            _delete_checkpoints(folder, trial)
 
 
 def _check_points(points: Sequence[Point], dataset: str, manifest: Manifest, num_workers: int) -> None:
@@ -510,9 +524,11 @@ class _Trials:
             status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}[trial.status]
             if trial.reason:
                 self.runs[name].set_tags({"reason": trial.reason})
-            tracking.set_status(self.runs[name], status)
             if trial.status == "finished":
                 self._log_outcome(name)
+            if self.runs[name].status() != status:
+                # Set once more, it would end anew.
+                tracking.set_status(self.runs[name], status)
             if trial.status == "failed":
                 sys.stderr.write(f"{name} failed: {trial.reason}\n")
             # Until a trial was trained in full, one that was pruned may be taken up again.

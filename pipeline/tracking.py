@@ -114,6 +114,11 @@ class TrackedRun:
         """Where the run is to be seen in a browser."""
         return f"{tracking_uri().rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
 
+    def status(self) -> str:
+        """Returns whether the run waits, runs or has ended, and how; see `set_status`."""
+        with mlflow_errors(f"look up run {self.run_id}"):
+            return str(MlflowClient().get_run(self.run_id).info.status)
+
     def log_metrics(self, by_step: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Writes metrics at several steps at once; values that are not finite are left out."""
         now = int(time.time() * 1000)

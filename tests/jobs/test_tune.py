@@ -110,6 +110,14 @@ def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket
     assert {name for name in by_status if any(f"/{name}/" in file for file in events)} == set(by_status)
     # Asked again, it is done already; with another grid, it is refused.
     assert search(points, dataset, bucket_uri, "whole", HALVING, one_slot, resume=True) == result
+    # So it is where its process was killed after the result was known; what was left undone is done.
+    pruned = next(name for name in by_status if name != result.best)
+    undone = storage.join(result.folder, "trials", pruned, "checkpoint.json")
+    storage.write_bytes(undone, b"{}")
+    tracking.set_status(tracking.TrackedRun.of(run_id(result)), "KILLED")
+    assert search(points, dataset, bucket_uri, "whole", HALVING, one_slot, resume=True) == result
+    assert run_of(result).info.status == "FINISHED"
+    assert not storage.exists(undone)
     with pytest.raises(UserError, match=r"T3-constant-0\.3 is gone.*start a new search under another --name"):
         search(points[:-1], dataset, bucket_uri, "whole", HALVING, one_slot, resume=True)
     with pytest.raises(UserError, match="grace_epochs was 1 and is now 2"):
@@ -350,11 +358,19 @@ def test_a_search_that_is_interrupted_is_not_taken_for_finished(
     assert log.read_text().endswith("stopped before the end\n")
     record = json.loads(storage.read_bytes(f"{folder}/{SEARCH_FILE}"))
     assert "result" not in record
+    ended = {
+        name: MlflowClient().get_run(record["trial_runs"][name]["run_id"]).info.end_time
+        for name, trial in trials_of(folder).items()
+        if trial["status"] == "pruned"
+    }
+    assert ended
     assert MlflowClient().get_run(record["mlflow_run"]["run_id"]).info.status == "KILLED"
     assert "RUNNING" not in statuses("infusion-digits", record["mlflow_run"]["run_id"]).values()
     resumed = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["best"] == undisturbed.best
+    for name, end_time in ended.items():
+        assert MlflowClient().get_run(record["trial_runs"][name]["run_id"]).info.end_time == end_time
     assert MlflowClient().get_run(record["mlflow_run"]["run_id"]).info.status == "FINISHED"
 
 

@@ -1,5 +1,6 @@
 """What a search does by itself, without a cluster."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from ray.tune.search import Searcher
 
 from pipeline.errors import ServiceError, UserError
-from pipeline.search import TrialResources, _check_resumable, _Feed, _Slots, _Trials
+from pipeline.search import TrialResources, _check_resumable, _delete_dropped, _Feed, _Slots, _slots, _Trials
 from pipeline.search_state import SearchState
 from pipeline.search_trial import BOUND, EPOCH
 from pipeline.successive_halving import HalvingConfig
@@ -73,3 +74,33 @@ def test_a_trials_start_has_nothing_to_do_with_who_leaves_another_slot(processes
     slots.leave("b")
     slots.note_first_step("c", {FIRST_STEP_AT: first_step_at, "pid": 1})
     assert slots.start_seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("most_workers", "num_workers", "max_concurrent", "expected"),
+    [(7, 1, None, 7), (7, 2, None, 3), (7, 1, 4, 4), (50, 2, None, 12), (math.inf, 2, None, 12), (math.inf, 2, 5, 5)],
+)
+def test_as_many_trials_run_as_the_cluster_can_hold(
+    most_workers: float, num_workers: int, max_concurrent: int | None, expected: int
+) -> None:
+    resources = TrialResources(num_workers=num_workers, max_concurrent=max_concurrent)
+    assert _slots(most_workers, 12, resources) == expected
+
+
+@pytest.mark.parametrize(("keep", "kept"), [("best", ["a"]), ("none", []), ("all", ["a", "b"])])
+def test_checkpoints_and_models_are_kept_of_those_that_were_asked_for(
+    keep: Any, kept: list[str], tmp_path: Path
+) -> None:
+    files = ("checkpoint.json", "checkpoint-00003/optimizer.pt", "model/model.safetensors")
+    pictures = ("samples.png", "outcome.json")
+    for name in ("a", "b"):
+        for file in (*files, *pictures):
+            address = tmp_path / "trials" / name / file
+            address.parent.mkdir(parents=True, exist_ok=True)
+            address.touch()
+    _delete_dropped(str(tmp_path), ["a", "b"], "a", keep)
+    for name in ("a", "b"):
+        left = {str(path.relative_to(tmp_path / "trials" / name)) for path in tmp_path.glob(f"trials/{name}/**/*")}
+        assert set(pictures) <= left
+        assert (set(files) <= left) == (name in kept)
+        assert name in kept or not left & set(files)
