@@ -170,8 +170,8 @@ def replay(curves: Curves, order: Sequence[str], config: HalvingConfig, slots: i
         slots: trials at a time.
     """
     epochs = max(max(curve) for curve in curves.values())
-    halving = SuccessiveHalving(config, order, epochs)
-    stops = [*config.rungs(0, epochs), epochs]
+    halving = SuccessiveHalving(config, order, epochs, VALIDATE_EVERY)
+    stops = [*config.rungs(0, epochs, VALIDATE_EVERY), epochs]
     fresh, reached = list(order), dict.fromkeys(order, 0)
     finished: list[str] = []
     running: list[tuple[int, int, str]] = []

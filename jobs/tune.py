@@ -1,7 +1,7 @@
 r"""Searches a grid of infusion rates, pruned by successive halving, and registers the best model as `challenger`.
 
     python -m jobs.tune s3://infusion/datasets/mnist --runs s3://infusion/runs --name rates \
-        --steps 1,5,15 --increasing 0.01,0.05,0.1 --constant 0.1,0.3 --epochs 81 --grace-epochs 3
+        --steps 5,10 --increasing 0.01,0.05,0.1 --constant 0.1,0.3 --epochs 81 --grace-epochs 3
 
 Every combination of the grid's values is a trial: a training as `jobs.train` runs it. Trials are compared on the
 validation lower bound at rungs, and about one in `--reduction-factor` goes on from each. Settings that are not searched

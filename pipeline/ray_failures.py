@@ -21,10 +21,25 @@ class StopAtUserError(UserCallback):
 def user_error(error: BaseException | None) -> UserError | None:
     """Returns the error in the user's words that an exception from a worker is, wraps or was raised from."""
     while error is not None:
-        if isinstance(error, UserError | InfusionError):
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, InfusionError):
             return UserError(*error.args)
-        inner = getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__
+        inner = _inner(error)
         for failure in getattr(error, "worker_failures", {}).values():
             inner = inner or user_error(failure)
         error = inner
     return None
+
+
+def first_cause(error: BaseException) -> str:
+    """Returns in one line what an exception from a group of workers began with."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    if inner := _inner(error) or next(iter(failures), None):
+        return first_cause(inner)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+
+
+def _inner(error: BaseException) -> BaseException | None:
+    return getattr(error, "cause", None) or getattr(error, "controller_failure", None) or error.__cause__

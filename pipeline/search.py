@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -64,6 +64,10 @@ REPORT_EVERY_SECONDS = 60
 
 Keep = Literal["best", "none", "all"]
 
+# A group's checkpoints are not those of a single worker, and each worker draws its own noise.
+_LASTING = ("num_workers", "criterion")
+"""Fields of `TrialResources` that stay the same when a search is resumed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResources:
@@ -79,7 +83,7 @@ class TrialResources:
             half of what is free.
         keep: of which trials checkpoints and models are kept in the search's folder: of the best, of none, or of all.
         criterion: by what the best is chosen of the trials that were trained in full: the validation lower bound, or
-            the Parzen-window estimate. Pruning goes by the bound.
+            the Parzen-window estimate of their finished models. Pruning goes by the bound.
 
     Raises:
         UserError: a value is out of range.
@@ -123,7 +127,7 @@ class SearchResult:
         trials: how many there were.
         finished: trained in full.
         pruned: stopped at a rung.
-        failed: diverged, or died too often.
+        failed: diverged, or died too often; they take no place from others at the rungs.
         reused: of all these, those that were taken over from an earlier search.
         epochs_trained: by all trials.
         epochs_of_full_grid: what training all of them in full would have taken.
@@ -171,7 +175,7 @@ def search(
     """Trains the points of a grid as far as successive halving lets them, and registers the best as `challenger`.
 
     Args:
-        points: what to try; all with the same number of epochs.
+        points: what to try; all trained for the same number of epochs, and validated after the same ones.
         dataset: address of the staged data set.
         store: where searches are kept.
         name: of the search.
@@ -198,6 +202,7 @@ def search(
     asked: dict[str, Any] = {
         "points": {point.name: point.config.to_json() for point in points},
         "halving": asdict(halving),
+        **{field: getattr(resources, field) for field in _LASTING},
         **data,
     }
     # As it will be read again: JSON has no tuples.
@@ -207,8 +212,16 @@ def search(
     if earlier is not None:
         _check_resumable(earlier, asked, name, resume)
         if "result" in earlier:
-            return SearchResult(**earlier["result"])
-    state = SearchState.new(folder, halving, [point.name for point in points], points[0].config.epochs)
+            result = SearchResult(**earlier["result"])
+            run = TrackedRun(**earlier["mlflow_run"])
+            if run.status() != "FINISHED":
+                # It was interrupted after it had found its result.
+                _delete_dropped(folder, asked["points"], result.best, resources.keep)
+                tracking.set_status(run, "FINISHED")
+                _write_report(run, folder)
+            return result
+    common = points[0].config
+    state = SearchState.new(folder, halving, [point.name for point in points], common.epochs, common.validate_every)
     in_common = {}
     if earlier is not None:
         state.restore()
@@ -216,8 +229,7 @@ def search(
         in_common = earlier_trials(storage.join(store, reuse), points, data["dataset_fingerprint"], resources.criterion)
     cluster.connect()
     cluster.check_capacity(resources.num_workers, resources.per_worker)
-    slots = int(min(cluster.most_workers(resources.per_worker) // resources.num_workers, len(points)))
-    slots = min(slots, resources.max_concurrent or slots)
+    slots = _slots(cluster.most_workers(resources.per_worker), len(points), resources)
     # A folder that cannot be written to is found out before anything is started.
     state.save()
     with tracking.owned_run(
@@ -226,7 +238,7 @@ def search(
         params={
             **data,
             "points": len(points),
-            "epochs": points[0].config.epochs,
+            "epochs": common.epochs,
             **asdict(halving),
         },
         tags={
@@ -255,7 +267,6 @@ def search(
                 num_workers=resources.num_workers,
                 threads_per_worker=resources.threads_per_worker,
                 gpus_per_worker=resources.gpus_per_worker,
-                max_failures=resources.max_failures,
                 memory_limit=None if resources.shard_memory_mib is None else resources.shard_memory_mib * 2**20,
             )
             for point in points
@@ -266,19 +277,28 @@ def search(
                 _tune(trials, specs, resources, folder)
             result = _conclude(trials, specs, manifest, name, run, folder, resources)
         write_json(storage.join(folder, SEARCH_FILE), {**record, "result": asdict(result)})
-        for trial, known in state.trials.items():
-            if known.status == "finished" and _is_dropped(trial, result.best, resources.keep):
-                _delete_checkpoints(folder, trial)
+        _delete_dropped(folder, state.trials, result.best, resources.keep)
     _write_report(run, folder)
     return result
 
 
-def _is_dropped(trial: str, best: str, keep: Keep) -> bool:
-    return keep == "none" or (keep == "best" and trial != best)
+def _slots(most_workers: float, points: int, resources: TrialResources) -> int:
+    """Returns how many trials are trained at a time."""
+    # A cluster that may grow without limit holds infinitely many workers.
+    trials = min(most_workers, points * resources.num_workers) // resources.num_workers
+    return min(int(trials), resources.max_concurrent or points)
+
+
+def _delete_dropped(folder: str, trials: Iterable[str], best: str, keep: Keep) -> None:
+    """Deletes what is not kept of trials when a search has its result."""
+    for trial in trials:
+        if keep == "none" or (keep == "best" and trial != best):
+            _delete_checkpoints(folder, trial)
 
 
 def _check_points(points: Sequence[Point], dataset: str, manifest: Manifest, num_workers: int) -> None:
-    assert len({point.config.epochs for point in points}) == 1, "trials are compared after the same epochs"
+    compared = {(point.config.epochs, point.config.validate_every) for point in points}
+    assert len(compared) == 1, "trials are compared after the same epochs"
     faults = []
     for point in points:
         try:
@@ -306,6 +326,8 @@ def _check_resumable(earlier: Mapping[str, Any], asked: Mapping[str, Any], name:
         if own := [difference for difference in differences if difference not in common]:
             changed.append(f"{point}: {', '.join(own)}")
     changed += _differences(earlier["halving"], asked["halving"])
+    lasting = [field for field in _LASTING if field in earlier]
+    changed += _differences({field: earlier[field] for field in lasting}, {field: asked[field] for field in lasting})
     if earlier["dataset_fingerprint"] != asked["dataset_fingerprint"]:
         changed.append("the data set holds other images than then")
     if changed:
@@ -361,8 +383,64 @@ def _trial_runs(
     }
 
 
+class _Slots:
+    """Who has which slot, and how long trials take from getting one to their first step.
+
+    Args:
+        count: how many there are.
+        processes_are_reused: whether a trial takes over the process of the one before, or has processes of its own.
+    """
+
+    def __init__(self, count: int, *, processes_are_reused: bool) -> None:
+        self._free = set(range(count))
+        self._processes_are_reused = processes_are_reused
+        self._slot_of: dict[str, int] = {}
+        self._scheduled_at: dict[str, float] = {}
+        self._free_since: dict[int, float] = {}
+        self._starts: list[float] = []
+
+    def __bool__(self) -> bool:
+        """Whether one is free."""
+        return bool(self._free)
+
+    def take(self, trial: str) -> None:
+        """Gives a free slot to a trial."""
+        slot = self._slot_of[trial] = min(self._free)
+        self._free.remove(slot)
+        self._scheduled_at[trial] = time.time()
+
+    def note_first_step(self, trial: str, result: Mapping[str, Any]) -> None:
+        """Notes what a report says of when the trial took its first step."""
+        if not result.get(FIRST_STEP_AT) or trial not in self._scheduled_at:
+            return
+        scheduled_at, free_since = self._scheduled_at.pop(trial), self._free_since.get(self._key(trial, result))
+        if free_since is not None:
+            self._starts.append(result[FIRST_STEP_AT] - max(scheduled_at, free_since))
+
+    def note_end(self, trial: str, result: Mapping[str, Any]) -> None:
+        """Notes that a report was the trial's last."""
+        self._free_since[self._key(trial, result)] = time.time()
+
+    def leave(self, trial: str) -> None:
+        """Takes a trial's slot back."""
+        self._free.add(self._slot_of.pop(trial))
+
+    def _key(self, trial: str, result: Mapping[str, Any]) -> int:
+        # Where the cluster holds fewer trials than there are slots, it is a process that they wait for.
+        return int(result["pid"]) if self._processes_are_reused else self._slot_of[trial]
+
+    @property
+    def start_seconds(self) -> float | None:
+        """See `SearchResult.trial_start_seconds`."""
+        return mean(self._starts) if self._starts else None
+
+
 class _Trials:
-    """What joins a search's state to Ray Tune and to MLflow: it is asked for trials, and told what becomes of them."""
+    """What joins a search's state to Ray Tune and to MLflow: it is asked for trials, and told what becomes of them.
+
+    It is called from within Tune, which would bury what it raised in a traceback of its own, or take it for the failure
+    of a trial: instead, the first error is kept in `error`, and ends the search.
+    """
 
     def __init__(
         self, state: SearchState, runs: Mapping[str, TrackedRun], resources: TrialResources, slots: int
@@ -371,52 +449,68 @@ class _Trials:
         self.runs = runs
         self.keep = resources.keep
         self.max_failures = resources.max_failures
-        self.processes_are_reused = resources.num_workers == 1
-        self.slots = slots
-        self.running = 0
-        self._free_since: dict[int, float] = {}
-        self._scheduled_at: dict[str, float] = {}
-        self._starts: list[float] = []
+        self.slots = _Slots(slots, processes_are_reused=resources.num_workers == 1)
+        self.error: Exception | None = None
         total = len(state.trials) * state.epochs
         done = state.epochs_trained + state.epochs_saved
         self._progress = Progress("search", total, "epochs trained or saved", done=done, interval=10)
 
     def next(self) -> str | None:
         """Returns the trial that a free slot should train; `None` if there is none now."""
-        if self.running >= self.slots:
+        if self.over or not self.slots:
             return None
-        name = self.state.next()
-        if name is not None:
-            self.running += 1
-            self._scheduled_at[name] = time.time()
-            tracking.set_status(self.runs[name], "RUNNING")
-            self.state.save()
-        return name
+        name = None
+        with self._keeping_errors():
+            name = self.state.next()
+            if name is not None:
+                tracking.set_status(self.runs[name], "RUNNING")
+                self.state.save()
+                self.slots.take(name)
+        return name if self.error is None else None
 
-    def left(self) -> None:
-        """Notes that a slot is free again."""
-        self.running -= 1
+    @property
+    def over(self) -> bool:
+        """Whether no trial is to be trained any more."""
+        return self.error is not None or self.state.ended
+
+    @contextlib.contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
 
     def report(self, name: str, result: Mapping[str, Any]) -> bool:
         """Notes what a trial reports; returns whether it is to be trained on."""
-        before = self.state.epochs_trained + self.state.epochs_saved
-        self._note_start(name, result)
-        if FAILURE in result:
-            ended = self.state.fail(name, result[FAILURE])
-        else:
-            seconds = result["time_this_iter_s"]
-            ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, result.get(PARZEN))
-        self._settle(ended)
-        self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
-        goes_on = self.state.trials[name].status == "running"
+        with self._keeping_errors():
+            before = self.state.epochs_trained + self.state.epochs_saved
+            self.slots.note_first_step(name, result)
+            if FAILURE in result:
+                ended = self.state.fail(name, result[FAILURE])
+            else:
+                seconds = result["time_this_iter_s"]
+                ended = self.state.report(name, result[EPOCH], result[BOUND], seconds, self._parzen(name, result))
+            self._settle(ended)
+            self._progress.advance(self.state.epochs_trained + self.state.epochs_saved - before, self._note())
+        goes_on = self.error is None and self.state.trials[name].status == "running"
         if not goes_on:
-            self._free_since[self._slot(result)] = time.time()
+            self.slots.note_end(name, result)
         return goes_on
+
+    def _parzen(self, name: str, result: Mapping[str, Any]) -> float | None:
+        """Returns the Parzen-window estimate that belongs to a report, if there is one.
+
+        The last report's own is that of the last epoch's weights, which need not be those of the finished model.
+        """
+        metrics = result if result[EPOCH] < self.state.epochs else self._outcome(name)["metrics"]
+        parzen = metrics.get(PARZEN)
+        return None if parzen is None else float(parzen)
 
     def died(self, name: str, reason: str) -> None:
         """Notes that a trial's processes died."""
         sys.stderr.write(f"{name}: its process died: {reason}\n")
-        self._settle(self.state.die(name, reason, self.max_failures))
+        with self._keeping_errors():
+            self._settle(self.state.die(name, reason, self.max_failures))
 
     def settle_ended(self) -> None:
         """Does what may be undone for trials that ended before this: in another search, or before an interruption."""
@@ -430,20 +524,28 @@ class _Trials:
             status = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}[trial.status]
             if trial.reason:
                 self.runs[name].set_tags({"reason": trial.reason})
-            tracking.set_status(self.runs[name], status)
             if trial.status == "finished":
                 self._log_outcome(name)
+            if self.runs[name].status() != status:
+                # Set once more, it would end anew.
+                tracking.set_status(self.runs[name], status)
             if trial.status == "failed":
                 sys.stderr.write(f"{name} failed: {trial.reason}\n")
-            if trial.status == "pruned" and self.keep != "all":
+            # Until a trial was trained in full, one that was pruned may be taken up again.
+            if trial.status == "pruned" and self.keep != "all" and self.state.count("finished"):
                 _delete_checkpoints(self.state.folder, name)
 
     def _log_outcome(self, name: str) -> None:
-        """Logs the finished model's figures, that of the test split among them."""
-        outcome = read_json(storage.join(self.state.folder, TRIALS_FOLDER, name, OUTCOME_FILE))
-        assert outcome is not None, "a trial writes its outcome before it reports its last epoch"
+        """Logs the finished model's figures of the test split."""
+        outcome = self._outcome(name)
         metrics = {key: value for key, value in outcome["metrics"].items() if key.startswith("test/")}
         self.runs[name].log_metrics([(outcome["best_epoch"], metrics)])
+
+    def _outcome(self, name: str) -> dict[str, Any]:
+        """Returns what was found of a finished model."""
+        outcome = read_json(storage.join(self.state.folder, TRIALS_FOLDER, name, OUTCOME_FILE))
+        assert outcome is not None, "a trial writes its outcome before it reports its last epoch"
+        return outcome
 
     def _note(self) -> str:
         state = self.state
@@ -457,23 +559,6 @@ class _Trials:
             bound, name = state.best
             parts.append(f"best {bound:.2f} nats by {name}")
         return "; ".join(parts)
-
-    def _note_start(self, name: str, result: Mapping[str, Any]) -> None:
-        """Notes how long the trial took to its first step, from when it was scheduled and its slot was free."""
-        if not result.get(FIRST_STEP_AT) or name not in self._scheduled_at:
-            return
-        scheduled_at, free_since = self._scheduled_at.pop(name), self._free_since.get(self._slot(result))
-        if free_since is not None:
-            self._starts.append(result[FIRST_STEP_AT] - max(scheduled_at, free_since))
-
-    def _slot(self, result: Mapping[str, Any]) -> int:
-        """Returns what tells slots apart: their processes, or nothing where every trial has processes of its own."""
-        return int(result["pid"]) if self.processes_are_reused else 0
-
-    @property
-    def start_seconds(self) -> float | None:
-        """See `SearchResult.trial_start_seconds`."""
-        return mean(self._starts) if self._starts else None
 
     def close(self) -> None:
         """Prints the last line of progress."""
@@ -494,17 +579,22 @@ class _Feed(Searcher):
     def __init__(self, trials: _Trials) -> None:
         super().__init__()
         self._trials = trials
+        self._names: dict[str, str] = {}
 
-    def suggest(self, trial_id: str) -> Any:  # noqa: ARG002
+    def suggest(self, trial_id: str) -> Any:
         """Returns the configuration of the next stretch, `None` if there is none now, or that the search is over."""
-        if self._trials.state.ended:
+        if self._trials.over:
             return Searcher.FINISHED
         name = self._trials.next()
-        return None if name is None else {"point": name}
+        if name is None:
+            return None
+        self._names[trial_id] = name
+        return {"point": name}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:  # noqa: ARG002
-        """Notes that a stretch is over."""
-        self._trials.left()
+        """Notes that a stretch is over; Tune may say so twice."""
+        if (name := self._names.pop(trial_id, None)) is not None:
+            self._trials.slots.leave(name)
 
     def save(self, checkpoint_path: str) -> None:
         """Keeps nothing in Tune's files: a search is resumed from its own state."""
@@ -626,6 +716,11 @@ def _tune(trials: _Trials, specs: Mapping[str, TrialSpec], resources: TrialResou
         )
         tuner.fit()
     trials.close()
+    if trials.error is not None:
+        raise trials.error
+    if not trials.state.ended:
+        # Tune takes some signals for a wish to end, and returns as if all had been done.
+        raise KeyboardInterrupt
 
 
 def _point_name(trial: Any) -> str:
@@ -634,10 +729,15 @@ def _point_name(trial: Any) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Tune from drawing tables and from writing CSV and JSON files of every result."""
+    """Keeps Tune from drawing tables, from writing CSV and JSON files of every result, and from taking Ctrl-C."""
     # It misses those files when it looks back, and says so of every trial.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    wanted = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    wanted = {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+        "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -692,7 +792,7 @@ def _conclude(
         epochs_trained=state.epochs_trained,
         epochs_of_full_grid=len(state.trials) * state.epochs,
         device_seconds=resources.num_workers * sum(trial.seconds for trial in state.trials.values()),
-        trial_start_seconds=trials.start_seconds,
+        trial_start_seconds=trials.slots.start_seconds,
         mlflow_run=run.uri,
         folder=folder,
         tensorboard=storage.join(folder, TUNE_FOLDER),

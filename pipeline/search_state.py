@@ -38,10 +38,11 @@ class Trial:
         epoch: how many epochs it has been trained for.
         bound: the last validation lower bound, nats per image; `None` before the first.
         best_bound: the best one.
-        parzen: the last Parzen-window estimate of validation images, if any was made.
+        parzen: the last Parzen-window estimate of validation images, if any was made; that of the finished model, if
+            it was trained in full.
         seconds: for how long it has been trained, as far as is known.
         deaths: how often its processes died.
-        reason: why it failed, or where it was pruned.
+        reason: why it failed, where it was pruned, or why it was taken up again.
         reused: how many of its epochs another search had trained it for.
     """
 
@@ -84,20 +85,29 @@ class SearchState:
     _interrupted: list[str] = field(default_factory=list)
 
     @classmethod
-    def new(cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int) -> "SearchState":
+    def new(
+        cls, folder: str, config: HalvingConfig, names: Iterable[str], epochs: int, validate_every: int = 1
+    ) -> "SearchState":
         """Returns the state of a search that has not begun.
+
+        Args:
+            folder: the search's folder.
+            config: how trials are compared.
+            names: of the trials, in the grid's order.
+            epochs: of a whole training.
+            validate_every: epochs between two validations.
 
         Raises:
             UserError: a trial of so few epochs cannot be compared as told.
         """
         trials = {name: Trial() for name in names}
-        return cls(folder, SuccessiveHalving(config, list(trials), epochs), epochs, trials)
+        return cls(folder, SuccessiveHalving(config, list(trials), epochs, validate_every), epochs, trials)
 
     def restore(self) -> None:
         """Goes back to the state that was kept in the folder.
 
         Raises:
-            UserError: the folder cannot be read.
+            UserError: the folder cannot be read, or the search had other rungs.
         """
         kept = read_state(self.folder)
         assert kept is not None, "the state is written before what tells that there is a search"
@@ -138,26 +148,44 @@ class SearchState:
 
     @property
     def ended(self) -> bool:
-        """Whether no trial is left to be trained."""
-        return all(trial.status in ENDED for trial in self.trials.values())
+        """Whether all trials have ended, and one was trained in full, unless all have failed."""
+        ended = all(trial.status in ENDED for trial in self.trials.values())
+        return ended and (self.count("finished") > 0 or not self.count("pruned"))
 
     def next(self) -> str | None:
-        """Returns the trial that a free slot should train, which runs from now on; `None` if there is none now."""
+        """Returns the trial that a free slot should train, which runs from now on; `None` if there is none now.
+
+        Raises:
+            RuntimeError: nothing is being trained or can be, and yet trials wait: without this, they would for ever.
+        """
         name = next(iter(self._interrupted), None)
         if name is not None:
             self._interrupted.remove(name)
         else:
             name = next((name for name, trial in self.trials.items() if trial.status == "pending"), None)
-        if name is None:
-            name = self.halving.promotable()
-            if name is None:
-                return None
+        if name is None and (name := self.halving.promotable()) is not None:
             self.halving.promote(name)
-            if self.trials[name].reused:
-                # It is known by its bounds only, and trained anew.
-                self.trials[name].epoch = self.trials[name].reused = 0
-        self.trials[name].status = "running"
+        if name is None:
+            if self.ended or self.count("running"):
+                return None
+            name = self._take_up_again()
+        trial = self.trials[name]
+        if trial.reused:
+            # It is known by its bounds only, and trained anew.
+            trial.epoch = trial.reused = 0
+        trial.status = "running"
         self.halving.begin(name)
+        return name
+
+    def _take_up_again(self) -> str:
+        """Returns the pruned trial that goes on, since all that were preferred to it have failed."""
+        if self.count("waiting"):
+            waiting = ", ".join(name for name, trial in self.trials.items() if trial.status == "waiting")
+            raise RuntimeError(f"the search in {self.folder} is stuck: {waiting} wait at rungs, for nothing")
+        name = self.halving.spare()
+        assert name is not None, "a trial is pruned at a rung"
+        self.halving.revive(name)
+        self.trials[name].reason = "taken up again, since all others that went on have failed"
         return name
 
     def report(self, name: str, epoch: int, bound: float, seconds: float, parzen: float | None = None) -> list[str]:
@@ -173,7 +201,7 @@ class SearchState:
         trial.parzen = trial.parzen if parzen is None else parzen
         trial.seconds += seconds
         if epoch >= self.epochs:
-            self._end(name, "finished")
+            self._end(name, "finished", trial.reason)
             return [name, *self.prune_beaten()]
         decision = self.halving.report(name, epoch, bound)
         if decision == Decision.WAIT:
@@ -185,15 +213,20 @@ class SearchState:
     def fail(self, name: str, reason: str) -> list[str]:
         """Notes that a trial has failed for good; returns the trials that have ended by it."""
         self._end(name, "failed", reason)
+        self.halving.fail(name)
         return [name, *self.prune_beaten()]
 
     def die(self, name: str, reason: str, max_deaths: int) -> list[str]:
-        """Notes that a running trial's processes died; it goes on from its checkpoint as soon as a slot is free.
+        """Notes that a trial's processes died; it goes on from its checkpoint as soon as a slot is free.
+
+        A trial that was not running, since it has ended or waits, needs none.
 
         Returns:
             The trials that have ended by it, should it have died more often than `max_deaths` times.
         """
         trial = self.trials[name]
+        if trial.status != "running":
+            return []
         trial.deaths += 1
         if trial.deaths > max_deaths:
             return self.fail(name, f"its processes died {trial.deaths} times, the last time so: {reason}")

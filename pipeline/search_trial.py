@@ -6,13 +6,16 @@ is imported once is there. One that needs several has a group of Ray Train worke
 Both keep their checkpoints in the trial's own folder, so that a trial goes on from there whoever starts it: Tune after
 a pause or a failure, or another search of the same name after this one was killed. What such a trial reports first is
 where it is.
+
+A trial that diverges, or whose configuration cannot be trained, reports that it has failed. One that storage or MLflow
+let down raises, which Tune takes for its death: it is tried again from its last checkpoint.
 """
 
 import json
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +30,10 @@ from infusion_core.errors import InfusionError
 from infusion_core.sampling import sample_batches
 from pipeline import storage
 from pipeline.devices import local_device
-from pipeline.errors import UserError
+from pipeline.errors import ServiceError, UserError
 from pipeline.figures import png, samples_picture
 from pipeline.manifest import Manifest
-from pipeline.ray_failures import StopAtUserError, user_error
+from pipeline.ray_failures import first_cause, user_error
 from pipeline.search_state import SAMPLES_FILE
 from pipeline.train_worker import FIRST_STEP_AT, final_metrics, log_epochs, train_worker, write_outcome
 from pipeline.training import EpochReport, TrainConfig, Training, Worker
@@ -57,7 +60,6 @@ class TrialSpec:
         num_workers: workers of its group; 1 trains in the trial's own process.
         threads_per_worker: CPU threads of each.
         gpus_per_worker: share of a GPU that each has; 0 for none.
-        max_failures: how often a group of workers that died is started again.
         memory_limit: bytes of memory that a worker's images may occupy; `None` for half of what is free.
     """
 
@@ -69,7 +71,6 @@ class TrialSpec:
     num_workers: int = 1
     threads_per_worker: int = 1
     gpus_per_worker: float = 0.0
-    max_failures: int = 3
     memory_limit: int | None = None
 
 
@@ -97,7 +98,9 @@ class DeviceTrial(tune.Trainable):
         torch.set_num_threads(spec.threads_per_worker)
         self._spec = spec
         self._first_step_at = 0.0
+        # Nothing of the trial before may be held while this one's images and model need the memory.
         self._training: Training | None = None
+        self._epochs: Iterator[EpochReport] = iter(())
         self._resumed = False
         try:
             training = Training(
@@ -108,6 +111,8 @@ class DeviceTrial(tune.Trainable):
                 spec.memory_limit,
             )
             self._resumed = _restore(training, spec.folder)
+        except ServiceError:
+            raise
         except (UserError, InfusionError) as error:
             self._failure = str(error)
             return
@@ -126,6 +131,8 @@ class DeviceTrial(tune.Trainable):
             metrics = self._where_it_is(training) if self._resumed else self._train(training)
             if training.epoch == training.config.epochs:
                 write_outcome(training, final_metrics(training, test=True), self._spec.folder)
+        except ServiceError:
+            raise
         except (UserError, InfusionError) as error:
             return {FAILURE: str(error), EPOCH: training.epoch, "done": True}
         return self._result(training, metrics)
@@ -143,8 +150,9 @@ class DeviceTrial(tune.Trainable):
             if report.validated:
                 break
         assert report is not None, "Tune asks for no more of a trial that has ended"
-        _save(training, self._spec.folder)
+        # What a checkpoint has behind it is not trained again, and could not be logged any more.
         log_epochs(training, unlogged, self._spec.run, report.pictures_due)
+        _save(training, self._spec.folder)
         return report.metrics
 
     def _result(self, training: Training, metrics: Mapping[str, float]) -> dict[str, Any]:
@@ -240,9 +248,10 @@ class GroupTrial(tune.Trainable):
             run_config=RunConfig(  # type: ignore[call-arg]
                 name=name,
                 storage_path=store,
-                failure_config=FailureConfig(max_failures=spec.max_failures),
+                # It is the search that counts deaths, and starts the group again.
+                failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(num_to_keep=1),
-                callbacks=[StopAtUserError(), _ForwardReports(self._reports)],  # type: ignore[list-item]
+                callbacks=[_ForwardReports(self._reports)],  # type: ignore[list-item]
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -259,14 +268,15 @@ class GroupTrial(tune.Trainable):
             # The finished model is made after the last report.
             self._thread.join()
             if self._error is not None:
-                return self._failed(0 if report is None else report[EPOCH])
+                return self._failed(self._error, 0 if report is None else report[EPOCH])
         assert report is not None, "a group that ends without its last report has failed"
         return {**report, "timesteps_total": report[EPOCH], "done": report[EPOCH] == self._epochs}
 
-    def _failed(self, epoch: int) -> dict[str, Any]:
-        cause = user_error(self._error)
-        if cause is None:
-            raise RuntimeError("the group of workers ended before its trial") from self._error
+    def _failed(self, error: BaseException, epoch: int) -> dict[str, Any]:
+        cause = user_error(error)
+        if cause is None or isinstance(cause, ServiceError):
+            # Of what it is raised from, the line with the reason would be the last that is shown.
+            raise RuntimeError(f"the group of workers ended before its trial: {first_cause(error)}") from None
         return {FAILURE: str(cause), EPOCH: epoch, "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:  # noqa: ARG002

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.errors import UserError
+from pipeline.errors import ServiceError, UserError
 
 CONNECT_TIMEOUT_SECONDS = 3.0
 REQUEST_TIMEOUT_SECONDS = 30.0
@@ -73,6 +73,9 @@ def explained(action: str, uri: str) -> Iterator[None]:
     """Turns an input/output error into one line that says what failed, where, and after how long.
 
     A missing file stays a `FileNotFoundError`: only the caller knows what its absence means.
+
+    Raises:
+        ServiceError: there was such an error.
     """
     start = time.monotonic()
     try:
@@ -83,7 +86,7 @@ def explained(action: str, uri: str) -> Iterator[None]:
         seconds = time.monotonic() - start
         where = f" (S3 server: {s3_endpoint()})" if is_s3(uri) else ""
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot {action} {uri}{where}: failed after {seconds:.1f} s: {reason}") from error
+        raise ServiceError(f"cannot {action} {uri}{where}: failed after {seconds:.1f} s: {reason}") from error
 
 
 def check_reachable(uri: str) -> None:

@@ -1,8 +1,8 @@
 r"""Asynchronous successive halving: which trials of a search go on (Li et al. 2018, arXiv:1810.05934).
 
 Trials are compared at rungs, after :math:`r, r\eta, r\eta^2, \dots` epochs, r being the grace period and η the
-reduction factor; about one in η passes each rung. Two forms differ in what becomes of a trial that is not among the
-best yet:
+reduction factor; about one in η passes each rung. A rung lies where trials are validated: in between, nothing is known
+to compare them by. Two forms differ in what becomes of a trial that is not among the best yet:
 
 - *promoting* (the paper's Algorithm 2): it waits at the rung, and goes on if it is among the best :math:`n/\eta` of the
   n trials that have come there. The first to come waits as well; nothing passes on credit. Unlike the paper, whose
@@ -10,6 +10,9 @@ best yet:
   few slots halve in lockstep, and where there are many, none is left idle for the sake of a straggler.
 - *stopping* (Ray Tune's `AsyncHyperBandScheduler`): it is stopped for good if it is worse than the best 1/η of those
   that came before it. The first to come always passes, and those that come early have few to be compared with.
+
+A trial that fails leaves the ranking: it takes no place from others. Should all that passed fail, the best of the
+stopped ones goes on (`spare`).
 
 This module knows names, epochs and values, higher ones being better; what runs the trials is elsewhere. All that it
 knows follows from what was recorded at the rungs, who has passed, and who has ended, which `to_json` returns.
@@ -42,7 +45,7 @@ class HalvingConfig:
 
     Attributes:
         halving: promoting, stopping, or none, which trains every trial in full.
-        grace_epochs: epochs that every trial is trained for; the first rung.
+        grace_epochs: epochs that every trial is trained for; the first rung, rounded up to a validation as all are.
         reduction_factor: η; one in so many passes a rung, and the next one is so many times as far.
         brackets: trials are dealt out to so many brackets, whose first rungs are η times as far from one to the next.
 
@@ -60,14 +63,21 @@ class HalvingConfig:
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
-    def rungs(self, bracket: int, epochs: int) -> list[int]:
-        """Returns after how many epochs the trials of a bracket are compared, if `epochs` are a whole training."""
+    def rungs(self, bracket: int, epochs: int, validate_every: int = 1) -> list[int]:
+        """Returns after how many epochs the trials of a bracket are compared.
+
+        Args:
+            bracket: its number.
+            epochs: of a whole training.
+            validate_every: epochs between two validations; of rungs that fall before the same one, one is left.
+        """
         if self.halving == "none":
             return []
-        rungs = []
+        rungs: list[int] = []
         rung = self.grace_epochs * self.reduction_factor**bracket
-        while rung < epochs:
-            rungs.append(rung)
+        while (validated := -(-rung // validate_every) * validate_every) < epochs:
+            if validated not in rungs:
+                rungs.append(validated)
             rung *= self.reduction_factor
         return rungs
 
@@ -100,21 +110,26 @@ class SuccessiveHalving:
         config: how trials are compared.
         trials: names of all trials.
         epochs: of a whole training.
+        validate_every: epochs between two validations.
 
     Raises:
         UserError: a bracket would have no rung.
     """
 
-    def __init__(self, config: HalvingConfig, trials: Sequence[str], epochs: int) -> None:
+    def __init__(self, config: HalvingConfig, trials: Sequence[str], epochs: int, validate_every: int = 1) -> None:
         self.config = config
         self.trials = tuple(trials)
-        self._rungs = [[Rung(epoch) for epoch in config.rungs(i, epochs)] for i in range(config.brackets)]
+        self._rungs = [
+            [Rung(epoch) for epoch in config.rungs(i, epochs, validate_every)] for i in range(config.brackets)
+        ]
         if config.halving != "none" and not all(self._rungs):
             furthest = config.grace_epochs * config.reduction_factor ** (config.brackets - 1)
+            furthest = -(-furthest // validate_every) * validate_every
             raise UserError(
-                f"with grace_epochs {config.grace_epochs}, reduction_factor {config.reduction_factor} and brackets "
-                f"{config.brackets} a bracket is compared after {furthest} epochs first, but trials are trained for "
-                f"{epochs}; choose a shorter grace period or fewer brackets, train longer, or give --halving none"
+                f"with grace_epochs {config.grace_epochs}, reduction_factor {config.reduction_factor}, brackets "
+                f"{config.brackets} and validate_every {validate_every} a bracket is compared after {furthest} epochs "
+                f"first, but trials are trained for {epochs}; choose a shorter grace period or fewer brackets, "
+                "validate more often, train longer, or give --halving none"
             )
         self._begun: set[str] = set()
         self._ended: set[str] = set()
@@ -126,7 +141,8 @@ class SuccessiveHalving:
     def report(self, trial: str, epoch: int, value: float) -> Decision:
         """Records a trial's value after an epoch, and decides what becomes of the trial.
 
-        A trial that reports between rungs, or once more at a rung, is told the same as before.
+        A trial that reports between rungs, or once more at a rung, is told the same as before. It has passed the rungs
+        that it went by without a report, as a group of workers may that trained on while it was decided upon.
 
         Args:
             trial: its name.
@@ -135,7 +151,11 @@ class SuccessiveHalving:
         """
         assert math.isfinite(value), "a trial that diverged has ended"
         self.begin(trial)
-        rung = max((rung for rung in self._of(trial) if rung.epoch <= epoch), key=lambda rung: rung.epoch, default=None)
+        reached = [rung for rung in self._of(trial) if rung.epoch <= epoch]
+        for gone_by in reached[:-1]:
+            gone_by.recorded.setdefault(trial, value)
+            gone_by.passed.add(trial)
+        rung = reached[-1] if reached else None
         if rung is None or trial in rung.passed:
             return Decision.GO_ON
         if trial not in rung.recorded:
@@ -176,8 +196,34 @@ class SuccessiveHalving:
         return True
 
     def end(self, trial: str) -> None:
-        """Notes that a trial will report no more: it was stopped, has finished or has failed."""
+        """Notes that a trial will report no more: it was stopped, or has finished."""
         self._ended.add(trial)
+
+    def fail(self, trial: str) -> None:
+        """Notes that a trial has failed, and forgets how it compared with others."""
+        self.end(trial)
+        for rung in self._of(trial):
+            rung.recorded.pop(trial, None)
+            rung.passed.discard(trial)
+
+    def spare(self) -> str | None:
+        """Returns the stopped trial that is to go on where no other is left, to be told by `revive`.
+
+        It is the best of those that came furthest.
+        """
+        stopped = {
+            trial: (rung.epoch, value)
+            for rungs in self._rungs
+            for rung in rungs
+            for trial, value in rung.recorded.items()
+            if trial not in rung.passed and trial in self._ended
+        }
+        return max(stopped, key=lambda trial: stopped[trial], default=None)
+
+    def revive(self, trial: str) -> None:
+        """Lets a stopped trial go on."""
+        self._ended.remove(trial)
+        self.promote(trial)
 
     def promotable(self) -> str | None:
         """Returns the waiting trial that a free slot should go to, to be told by `promote`.
@@ -213,10 +259,20 @@ class SuccessiveHalving:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes back to where `to_json` was called; trials that have ended since then are told so by `end`."""
+        """Goes back to where `to_json` was called; trials that have ended since then are told so by `end`.
+
+        Raises:
+            UserError: the rungs were others, as they were in earlier versions where none was rounded up.
+        """
+        before = [[rung["epoch"] for rung in rungs] for rungs in state["brackets"]]
+        now = [[rung.epoch for rung in rungs] for rungs in self._rungs]
+        if before != now:
+            raise UserError(
+                f"the search was started with rungs at {before} epochs, which are now at {now}; start a new one under "
+                "another --name, with --reuse for what it has found"
+            )
         for rungs, kept in zip(self._rungs, state["brackets"], strict=True):
             for rung, fields in zip(rungs, kept, strict=True):
-                assert rung.epoch == fields["epoch"], "a search is resumed with the rungs that it was started with"
                 rung.recorded, rung.passed = dict(fields["recorded"]), set(fields["passed"])
         self._begun, self._ended = set(state["begun"]), set(state["ended"])
 

@@ -24,7 +24,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from pipeline.errors import UserError
+from pipeline.errors import ServiceError, UserError
 from pipeline.run_guard import RunGuard, end_nested_runs
 
 METRICS_PER_REQUEST = 1000
@@ -75,12 +75,16 @@ def check_reachable() -> None:
 
 @contextlib.contextmanager
 def mlflow_errors(action: str) -> Iterator[None]:
-    """Turns MLflow's errors into one line that says what could not be done, and at which server."""
+    """Turns MLflow's errors into one line that says what could not be done, and at which server.
+
+    Raises:
+        ServiceError: there was such an error.
+    """
     try:
         yield
     except MlflowException as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"cannot {action} on the MLflow server at {tracking_uri()}: {reason}") from error
+        raise ServiceError(f"cannot {action} on the MLflow server at {tracking_uri()}: {reason}") from error
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ class TrackedRun:
     def uri(self) -> str:
         """Where the run is to be seen in a browser."""
         return f"{tracking_uri().rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+
+    def status(self) -> str:
+        """Returns whether the run waits, runs or has ended, and how; see `set_status`."""
+        with mlflow_errors(f"look up run {self.run_id}"):
+            return str(MlflowClient().get_run(self.run_id).info.status)
 
     def log_metrics(self, by_step: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         """Writes metrics at several steps at once; values that are not finite are left out."""

@@ -122,10 +122,17 @@ def _with_progress(training: Training, label: str, chief: bool, first_step_at: l
 
 
 def final_metrics(training: Training, *, test: bool) -> dict[str, float]:
-    """Makes `training.model` the finished one, and returns its bounds over the validation split, and the test split."""
+    """Makes `training.model` the finished one, and returns what is measured of it.
+
+    These are the bounds over the validation split, and the test split if it is asked for, and on the first worker the
+    Parzen-window estimate, if the training makes any.
+    """
     metrics = bound_metrics("valid", training.finish(), training.config.model)
     if test and training.manifest.rows("test"):
         metrics |= bound_metrics("test", training.test(), training.config.model)
+    bandwidth = training.config.parzen_bandwidth
+    if bandwidth is not None and training.worker.rank == 0:
+        metrics["valid/parzen"] = training.parzen(bandwidth)
     return metrics
 
 

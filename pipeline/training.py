@@ -70,8 +70,8 @@ class TrainConfig:
             whole. It changes no more than rounding, pays on GPUs, and takes half a minute before the first step.
         validate_every: epochs between two validations; each makes a checkpoint.
         figures_every: epochs between two sets of pictures; rounded up to a validation.
-        parzen_bandwidth: σ of the Parzen-window estimate that is made of validation images with every set of pictures;
-            none by default.
+        parzen_bandwidth: σ of the Parzen-window estimate that is made of validation images with every set of pictures,
+            and of the finished model; none by default.
         statistics_images: training images that batch statistics are estimated from before a validation; the final
             model's are estimated from all whole batches.
 

@@ -1,6 +1,8 @@
 """What is wrong outside of the program is one clear line and a non-zero exit."""
 
 import json
+import re
+import shlex
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
@@ -46,6 +48,20 @@ def test_every_job_explains_itself(job: str, capsys: pytest.CaptureFixture[str])
         import_module(f"jobs.{job}").main(["--help"])
     assert stop.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_the_grid_of_the_helps_example_can_be_trained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from jobs import tune
+
+    (example,) = re.findall(r"^    python -m jobs\.tune (.*?)\n\n", tune.__doc__ or "", re.MULTILINE | re.DOTALL)
+    words = shlex.split(example.replace("\\\n", ""))
+    assert words[0].endswith("/mnist")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    # What is missing is known only after the grid was made.
+    line = error_of("tune", ["/missing/mnist", "--runs", "/missing", *words[3:]], capsys)
+    assert "MLFLOW_TRACKING_URI is not set" in line
 
 
 def test_unknown_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +179,7 @@ class TestTune:
             (["s3://infusion/x", "--name", "none", "--resume"], "there is no search none in s3://infusion/x to resume"),
             (["s3://infusion/x", "--name", "a/b"], "'a/b' cannot be the name of a search"),
             (["s3://infusion/x", "--image-shape", "28,28,1"], "28 × 28 × 1; choose another data set"),
-            (["s3://infusion/x", "--grace-epochs", "500"], "compared after 500 epochs first"),
+            (["s3://infusion/x", "--grace-epochs", "500"], "compared after 510 epochs first"),
             (["s3://infusion/x", "--threads-per-worker", "1000"], "can never run: the cluster holds 0 such workers"),
             (["/dev/null/x"], "/dev/null/x/"),
             (["s3://infusion/x", "--reuse", "none"], "there is no search in s3://infusion/x/none to reuse"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from pipeline.search import SearchResult, TrialResources, search
 from pipeline.search_grid import Grid, grid_points
 from pipeline.search_reuse import REUSED_TAG
 from pipeline.search_state import SEARCH_FILE, read_state
-from pipeline.search_trial import GroupTrial, TrialSpec
+from pipeline.search_trial import FAILURE, GroupTrial, TrialSpec
 from pipeline.staging import stage
 from pipeline.successive_halving import HalvingConfig
 from pipeline.training import TrainConfig, Training
@@ -109,6 +110,14 @@ def test_a_search_from_grid_to_challenger(ray_cluster: str, dataset: str, bucket
     assert {name for name in by_status if any(f"/{name}/" in file for file in events)} == set(by_status)
     # Asked again, it is done already; with another grid, it is refused.
     assert search(points, dataset, bucket_uri, "whole", HALVING, one_slot, resume=True) == result
+    # So it is where its process was killed after the result was known; what was left undone is done.
+    pruned = next(name for name in by_status if name != result.best)
+    undone = storage.join(result.folder, "trials", pruned, "checkpoint.json")
+    storage.write_bytes(undone, b"{}")
+    tracking.set_status(tracking.TrackedRun.of(run_id(result)), "KILLED")
+    assert search(points, dataset, bucket_uri, "whole", HALVING, one_slot, resume=True) == result
+    assert run_of(result).info.status == "FINISHED"
+    assert not storage.exists(undone)
     with pytest.raises(UserError, match=r"T3-constant-0\.3 is gone.*start a new search under another --name"):
         search(points[:-1], dataset, bucket_uri, "whole", HALVING, one_slot, resume=True)
     with pytest.raises(UserError, match="grace_epochs was 1 and is now 2"):
@@ -217,6 +226,65 @@ def test_a_group_that_goes_on_says_first_where_it_is(ray_cluster: str, dataset: 
     assert then[0] == first[-1]
 
 
+def test_a_group_of_which_a_worker_dies_is_left_to_the_search(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    (point,) = grid_points(Grid(constant=(0.1,)), dataclasses.replace(BASE, epochs=1000))
+    with tracking.owned_run("groups", "dying", params={}, tags={}) as run:
+        spec = TrialSpec(
+            point=point.name,
+            config=point.config.to_json(),
+            dataset=dataset,
+            folder=f"{bucket_uri}/dying",
+            run=dataclasses.asdict(run),
+            num_workers=2,
+        )
+        trial = tune.with_parameters(GroupTrial, specs={point.name: spec})({"point": point.name})
+        assert trial.step()["epoch"] == 1
+        workers = [actor for actor in list_actors() if actor.class_name == "RayTrainWorker" and actor.state == "ALIVE"]
+        psutil.Process(workers[0].pid).kill()
+        with pytest.raises(RuntimeError, match=r"ended before its trial: \w+Error: .*died"):
+            list(iter(trial.step, None))
+
+
+@pytest.mark.parametrize("diverges", [True, False])
+def test_a_group_fails_by_divergence_and_dies_of_services(
+    diverges: bool, ray_cluster: str, dataset: str, bucket_uri: str
+) -> None:
+    config = dataclasses.replace(BASE, learning_rate=1e30) if diverges else BASE
+    spec = TrialSpec(
+        point="a",
+        config=config.to_json(),
+        dataset=dataset,
+        folder=f"{bucket_uri}/failing",
+        # MLflow has no such run.
+        run={"run_id": "0" * 32, "experiment_id": "0"},
+        num_workers=2,
+    )
+    trial = tune.with_parameters(GroupTrial, specs={"a": spec})({"point": "a"})
+    if diverges:
+        assert "the training diverged" in trial.step()[FAILURE]
+    else:
+        with pytest.raises(RuntimeError, match="ended before its trial: ServiceError: cannot log metrics of run 000"):
+            trial.step()
+
+
+def test_the_best_by_the_parzen_window_estimate(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
+    # Validated with statistics of few images, other than those that the finished model has.
+    base = dataclasses.replace(BASE, epochs=3, figures_every=1, statistics_images=128)
+    points = grid_points(Grid(constant=(0.05, 0.3)), base)
+    resources = TrialResources(criterion="parzen")
+    result = search(points, dataset, bucket_uri, "parzen", HalvingConfig(halving="none"), resources)
+    expected = {}
+    for point in points:
+        training = Training(point.config, dataset, Manifest.load(dataset))
+        list(training.epochs())
+        training.finish()
+        expected[point.name] = training.parzen(0.2)
+        assert training.history[-1]["valid/parzen"] != pytest.approx(expected[point.name], rel=1e-6)
+    trials = trials_of(result.folder)
+    assert {name: trial["parzen"] for name, trial in trials.items()} == pytest.approx(expected, rel=1e-6)
+    assert result.best == max(expected, key=lambda name: expected[name])
+
+
 def test_a_trial_that_diverges_fails_and_says_why(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
     points = grid_points(Grid(over={"learning_rate": (1e-3, 1e30)}), dataclasses.replace(BASE, epochs=2))
     result = search(points, dataset, bucket_uri, "diverged", HalvingConfig(halving="none"), TrialResources())
@@ -234,13 +302,7 @@ class TestKilled:
         self, client_env: Mapping[str, str], dataset: str, undisturbed: SearchResult, tmp_path: Path
     ) -> None:
         folder = f"{STORE}/killed"
-        command = [
-            *(sys.executable, "-m", "jobs.tune", dataset, "--runs", STORE, "--name", "killed", "--json"),
-            *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
-            *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", str(LONG), "--validate-every", "1"),
-            *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
-            *("--objective", "denoising", "--synchronise-normalisation"),
-        ]
+        command = long_search(dataset, "killed")
         log = tmp_path / "log"
         with log.open("w") as output:
             driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
@@ -276,6 +338,51 @@ class TestKilled:
         assert MlflowClient().get_run(search_run).info.status == "FINISHED"
         await_that(lambda: not live_trials(), None, log)
         await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_search_that_is_interrupted_is_not_taken_for_finished(
+    ray_cluster: str, dataset: str, undisturbed: SearchResult, tmp_path: Path, number: signal.Signals
+) -> None:
+    name = f"interrupted-by-{number.name}"
+    folder, command, log = f"{STORE}/{name}", long_search(dataset, name), tmp_path / "log"
+    with log.open("w") as output:
+        driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        await_that(lambda: epochs_of(folder) >= 3, driver, log)
+        driver.send_signal(number)
+        assert driver.wait(120) == 130, log.read_text()
+    finally:
+        driver.kill()
+        driver.wait()
+    assert log.read_text().endswith("stopped before the end\n")
+    record = json.loads(storage.read_bytes(f"{folder}/{SEARCH_FILE}"))
+    assert "result" not in record
+    ended = {
+        name: MlflowClient().get_run(record["trial_runs"][name]["run_id"]).info.end_time
+        for name, trial in trials_of(folder).items()
+        if trial["status"] == "pruned"
+    }
+    assert ended
+    assert MlflowClient().get_run(record["mlflow_run"]["run_id"]).info.status == "KILLED"
+    assert "RUNNING" not in statuses("infusion-digits", record["mlflow_run"]["run_id"]).values()
+    resumed = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["best"] == undisturbed.best
+    for name, end_time in ended.items():
+        assert MlflowClient().get_run(record["trial_runs"][name]["run_id"]).info.end_time == end_time
+    assert MlflowClient().get_run(record["mlflow_run"]["run_id"]).info.status == "FINISHED"
+
+
+def long_search(dataset: str, name: str) -> list[str]:
+    """The command of a search like `undisturbed`."""
+    return [
+        *(sys.executable, "-m", "jobs.tune", dataset, "--runs", STORE, "--name", name, "--json"),
+        *("--preset", "digits", "--steps", "1,3", "--increasing", "0.2", "--constant", "0.05,0.3"),
+        *("--grace-epochs", "1", "--max-concurrent", "1", "--epochs", str(LONG), "--validate-every", "1"),
+        *("--hidden-sizes", "32,32", "--global-batch", "128", "--figures-every", "9", "--denoising-epochs", "0"),
+        *("--objective", "denoising", "--synchronise-normalisation"),
+    ]
 
 
 def trials_of(folder: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What a search keeps of its trials: written, read again, and the same afterwards."""
 
+import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,6 +66,49 @@ def test_a_trial_whose_process_dies_goes_on_first_until_it_has_died_too_often(tm
     assert state.next() == "b"
 
 
+@pytest.mark.parametrize("halving", ["promoting", "stopping"])
+@pytest.mark.parametrize("brackets", [1, 2])
+@pytest.mark.parametrize("often", [0.0, 0.05, 0.3])
+def test_where_trials_fail_another_is_trained_in_full(
+    halving: Any, brackets: int, often: float, tmp_path: Path
+) -> None:
+    taken_up_again = 0
+    for seed in range(30):
+        draw = random.Random(seed)
+        names = [f"trial-{i}" for i in range(draw.randint(1, 20))]
+        config = HalvingConfig(halving=halving, grace_epochs=2, reduction_factor=3, brackets=brackets)
+        state = SearchState.new(str(tmp_path), config, names, 40)
+        sound, slots = draw.choice(names), draw.randint(1, 4)
+        running: list[str] = []
+        while True:
+            while len(running) < slots and (name := state.next()) is not None:
+                taken_up_again += state.trials[name].reason != ""
+                running.append(name)
+            if not running:
+                break
+            name = draw.choice(running)
+            if name != sound and draw.random() < often:
+                state.fail(name, "diverged")
+            else:
+                state.report(name, state.trials[name].epoch + 1, draw.gauss(), 1.0)
+            running = [name for name in running if state.trials[name].status == "running"]
+        assert state.ended
+        assert state.count("finished")
+    assert (taken_up_again > 0) == (often > 0)
+
+
+def test_only_a_trial_that_runs_can_die(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    for _ in range(4):
+        state.next()
+    state.report("a", 2, 5.0, 1.0)
+    state.report("b", 8, 7.0, 1.0)
+    for name, status in (("a", "waiting"), ("b", "finished")):
+        assert state.die(name, "killed", max_deaths=0) == []
+        assert (state.trials[name].status, state.trials[name].deaths) == (status, 0)
+    assert state.next() is None
+
+
 def test_a_search_is_over_when_all_have_ended(tmp_path: Path) -> None:
     state = opened(tmp_path)
     while (name := state.next()) is not None:
@@ -79,6 +124,15 @@ def test_a_search_is_over_when_all_have_ended(tmp_path: Path) -> None:
         "d": "finished",
     }
     assert state.epochs_trained == 2 + 2 + 4 + 8
+
+
+def test_a_search_in_which_trials_wait_for_nothing_says_so(tmp_path: Path) -> None:
+    state = opened(tmp_path)
+    for name in NAMES:
+        state.trials[name].status = "waiting"
+        state.halving.begin(name)
+    with pytest.raises(RuntimeError, match="is stuck: a, b, c, d wait at rungs, for nothing"):
+        state.next()
 
 
 def test_what_is_damaged_is_named(tmp_path: Path) -> None:

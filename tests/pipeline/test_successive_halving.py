@@ -18,10 +18,13 @@ def names(count: int) -> list[str]:
 
 
 class Simulation:
-    """Trials whose values are known beforehand, on a number of slots; a seed determines the order of their reports."""
+    """Trials whose values are known beforehand, on a number of slots; a seed determines the order of their reports.
 
-    def __init__(self, halving: SuccessiveHalving, value, slots: int, seed: int) -> None:
-        self.halving, self.value, self.slots = halving, value, slots
+    They report at multiples of `stride` epochs, and at the end.
+    """
+
+    def __init__(self, halving: SuccessiveHalving, value, slots: int, seed: int, stride: int = 1) -> None:
+        self.halving, self.value, self.slots, self.stride = halving, value, slots, stride
         self.random = random.Random(seed)
         self.fresh = list(halving.trials)
         self.running: list[str] = []
@@ -29,7 +32,7 @@ class Simulation:
         self.finished: list[str] = []
 
     def step(self) -> bool:
-        """Lets one running trial train for an epoch; returns whether there was one."""
+        """Lets one running trial train to its next report; returns whether there was one."""
         while len(self.running) < self.slots and (trial := next(iter(self.fresh), None) or self.halving.promotable()):
             if trial in self.fresh:
                 self.fresh.remove(trial)
@@ -39,7 +42,7 @@ class Simulation:
         if not self.running:
             return False
         trial = self.random.choice(self.running)
-        self.epochs[trial] += 1
+        self.epochs[trial] = min(self.epochs[trial] + self.stride, EPOCHS)
         decision = self.halving.report(trial, self.epochs[trial], self.value(trial, self.epochs[trial]))
         if self.epochs[trial] == EPOCHS:
             self.finished.append(trial)
@@ -115,13 +118,18 @@ def test_the_first_to_come_passes_on_credit_only_where_trials_are_stopped() -> N
 @pytest.mark.parametrize("halving", ["promoting", "stopping"])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 12, 30])
 @pytest.mark.parametrize("brackets", [1, 2])
-def test_every_search_ends_with_a_trial_that_was_trained_in_full(halving, count: int, brackets: int) -> None:
+@pytest.mark.parametrize(
+    ("stride", "rounded"), [(1, True), (5, True), (15, True), (15, False), (50, True), (50, False)]
+)
+def test_every_search_ends_with_a_trial_that_was_trained_in_full(
+    halving, count: int, brackets: int, stride: int, rounded: bool
+) -> None:
     config = HalvingConfig(halving=halving, grace_epochs=4, reduction_factor=3, brackets=brackets)
     draw = random.Random(count)
     values = {name: draw.gauss() for name in names(count)}
-    simulation = Simulation(
-        SuccessiveHalving(config, names(count), EPOCHS), lambda trial, _: values[trial] + draw.gauss() / 2, 3, seed=1
-    )
+    # Rungs that are not rounded are gone by: several fall before one report.
+    state = SuccessiveHalving(config, names(count), EPOCHS, stride if rounded else 1)
+    simulation = Simulation(state, lambda trial, _: values[trial] + draw.gauss() / 2, 3, seed=1, stride=stride)
     simulation.run()
     assert not simulation.fresh
     assert simulation.finished
@@ -138,6 +146,20 @@ def test_trials_that_fail_hold_nobody_up() -> None:
     state.promote("trial-1")
     assert state.promotable() is None
     assert state.beaten() == ["trial-0"]
+
+
+def test_trials_that_failed_take_no_places() -> None:
+    state = SuccessiveHalving(HalvingConfig(grace_epochs=3), names(7), EPOCHS)
+    for i, value in enumerate([10.0, 9.0, 8.0, 7.0, 6.0, 5.0]):
+        state.report(f"trial-{i}", 3, value)
+        if i == 0:
+            state.fail("trial-0")
+    state.report("trial-6", 3, 4.0)
+    # Of the six others, two pass.
+    for expected in ("trial-1", "trial-2", None):
+        assert state.promotable() == expected
+        if expected:
+            state.promote(expected)
 
 
 def test_a_trial_that_too_many_have_beaten_is_not_kept_waiting() -> None:
@@ -204,6 +226,33 @@ def test_without_halving_every_trial_is_trained_in_full() -> None:
     assert set(simulation.epochs.values()) == {EPOCHS}
 
 
+def test_rungs_lie_where_trials_are_validated() -> None:
+    config = HalvingConfig(grace_epochs=5, brackets=2)
+    assert config.rungs(0, 180, 15) == [15, 45, 135]
+    assert config.rungs(1, 180, 15) == [15, 45, 135]
+    assert config.rungs(0, 130, 15) == [15, 45]
+    assert config.rungs(0, 180, 7) == [7, 21, 49, 140]
+
+
+def test_a_trial_has_passed_the_rungs_that_it_went_by() -> None:
+    state = SuccessiveHalving(HalvingConfig(grace_epochs=3), names(3), EPOCHS)
+    assert state.report("trial-0", 10, 1.0) == Decision.WAIT
+    # One of three passes the first rung, and one has.
+    assert state.report("trial-1", 3, 0.5) == Decision.STOP
+    state.end("trial-1")
+    assert state.report("trial-2", 3, 0.7) == Decision.STOP
+    state.end("trial-2")
+    assert state.promotable() == "trial-0"
+
+
+def test_a_state_with_other_rungs_is_refused() -> None:
+    state = SuccessiveHalving(HalvingConfig(grace_epochs=3), names(3), EPOCHS)
+    with pytest.raises(
+        UserError, match=r"started with rungs at \[\[3, 9, 27\]\] epochs, which are now at \[\[15, 30\]\]"
+    ):
+        SuccessiveHalving(HalvingConfig(grace_epochs=3), names(3), EPOCHS, 15).restore(state.to_json())
+
+
 def test_brackets_are_compared_apart() -> None:
     config = HalvingConfig(grace_epochs=3, brackets=2)
     assert (config.rungs(0, EPOCHS), config.rungs(1, EPOCHS)) == ([3, 9, 27], [9, 27])
@@ -220,8 +269,10 @@ def test_brackets_are_compared_apart() -> None:
         ({"reduction_factor": 1}, "reduction_factor must be at least 2, not 1"),
         ({"grace_epochs": 81}, "compared after 81 epochs first, but trials are trained for 81"),
         ({"grace_epochs": 10, "brackets": 3}, "compared after 90 epochs first"),
+        ({"grace_epochs": 5, "validate_every": 90}, "validate_every 90 a bracket is compared after 90 epochs first"),
     ],
 )
 def test_rungs_that_cannot_be_are_refused(fields: dict, message: str) -> None:
+    validate_every = fields.pop("validate_every", 1)
     with pytest.raises(UserError, match=message):
-        SuccessiveHalving(HalvingConfig(**fields), names(4), EPOCHS)
+        SuccessiveHalving(HalvingConfig(**fields), names(4), EPOCHS, validate_every)
