@@ -1,6 +1,10 @@
 """Measures training and its memory."""
 
 import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -19,6 +23,21 @@ def training_flops_per_image(model: ModelConfig) -> float:
     widths = [model.dimensions, *model.hidden_sizes, 2 * model.dimensions]
     weights = [inputs * outputs for inputs, outputs in pairwise(widths)]
     return model.num_steps * 2 * (3 * sum(weights) - weights[0])
+
+
+@contextmanager
+def _wakeups() -> Iterator[None]:
+    """Runs a process that takes 0.08 of a core, a little at a time."""
+    code = (
+        "import time\nwhile True:\n start = time.perf_counter()\n"
+        " while time.perf_counter() < start + 4e-4: pass\n time.sleep(5e-3)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def measure_computation(folder: Path, add: Add) -> float:
@@ -59,6 +78,20 @@ def measure_computation(folder: Path, add: Add) -> float:
         "ratio",
         "",
         f"{compiled:.0f} over {plain:.0f} images/s with {THREADS} threads; the first epoch, which compiles, left out",
+    )
+
+    epochs: dict[bool, list[float]] = {True: [], False: []}
+    for disturbed in (True, False) * REPEATS:
+        with _wakeups() if disturbed else nullcontext():
+            epochs[disturbed].append(middle(run_bare(short(3), dataset, threads=THREADS)["epoch_seconds"]))
+    beside, alone = (median(epochs[disturbed]) for disturbed in (True, False))
+    add(
+        "epoch_beside_wakeups_over_alone",
+        beside / alone,
+        "ratio",
+        "",
+        f"{beside:.2f} over {alone:.2f} s with {THREADS} threads, beside a process that takes 0.08 of a core, 0.4 ms "
+        "at a time, as all of Ray's together do",
     )
 
     grown = {steps: run_bare(short(1, num_steps=steps), dataset, threads=THREADS)["grown_bytes"] for steps in (15, 60)}
