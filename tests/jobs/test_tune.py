@@ -309,7 +309,10 @@ class TestKilled:
             driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
         try:
             await_that(lambda: epochs_of(folder) >= 8, driver, log)
-            killed = trial_process()
+            # There is none for a moment when a trial has ended that cannot be followed in its process.
+            processes: list[psutil.Process | None] = [None]
+            await_that(lambda: processes.append(trial_process()) or processes[-1] is not None, driver, log)
+            killed = processes[-1]
             assert killed is not None
             killed.kill()
             await_that(lambda: any(trial["deaths"] for trial in trials_of(folder).values()), driver, log)
