@@ -3,8 +3,8 @@
 The state goes through one fully connected layer to a small grid of many channels, from which transposed convolutions,
 each doubling height and width, lead back to the shape of an image: 32 × 32 by three of them, 64 × 64 by four.
 
-Inside the network a pixel's channels lie side by side in memory (`torch.channels_last`), which convolutions are faster
-in, on CPUs and on GPUs; states and distributions have the usual order.
+Inside the network a pixel's channels lie side by side in memory (`torch.channels_last`), the order that libraries of
+convolutions prefer; states and distributions have the usual one.
 """
 
 import math

@@ -67,7 +67,7 @@ class TrainConfig:
             of workers does not matter, or those of each worker's part, which saves 4 T exchanges among workers a step.
         precision: of matrix products: float32, tf32 (on GPUs that have it), or bfloat16.
         compiled: whether training steps are compiled, and, where a GPU is trained on alone, recorded and replayed as a
-            whole. It changes no more than rounding, pays on GPUs, and takes half a minute before the first step.
+            whole. It changes no more than rounding, is meant for GPUs, and delays the first step.
         validate_every: epochs between two validations; each makes a checkpoint.
         figures_every: epochs between two sets of pictures; rounded up to a validation.
         parzen_bandwidth: σ of the Parzen-window estimate that is made of validation images with every set of pictures,
