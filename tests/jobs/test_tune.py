@@ -16,6 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from ray import tune
 from ray.util.state import list_actors, list_placement_groups
+from ray.util.state.common import ActorState
 
 from infusion_core.model import ModelConfig
 from pipeline import model_package, registry, sources, storage, tracking
@@ -197,7 +198,7 @@ def test_trials_in_groups_of_workers(ray_cluster: str, dataset: str, bucket_uri:
     alone = Training(config, dataset, Manifest.load(dataset))
     list(alone.epochs())
     assert result.valid_lower_bound == pytest.approx(alone.finish().mean, abs=5)
-    await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, None)
+    await_that(lambda: not live_placement_groups(), None, None)
 
 
 def test_a_group_that_goes_on_says_first_where_it_is(ray_cluster: str, dataset: str, bucket_uri: str) -> None:
@@ -239,7 +240,7 @@ def test_a_group_of_which_a_worker_dies_is_left_to_the_search(ray_cluster: str, 
         )
         trial = tune.with_parameters(GroupTrial, specs={point.name: spec})({"point": point.name})
         assert trial.step()["epoch"] == 1
-        workers = [actor for actor in list_actors() if actor.class_name == "RayTrainWorker" and actor.state == "ALIVE"]
+        workers = live_actors("RayTrainWorker")
         psutil.Process(workers[0].pid).kill()
         # Which is heard of first: the worker that died, or the one that lost its connection to it.
         with pytest.raises(RuntimeError, match=r"ended before its trial: \w+Error: .*(died|Connection)"):
@@ -309,12 +310,7 @@ class TestKilled:
             driver = subprocess.Popen(command, cwd=REPOSITORY, stdout=output, stderr=subprocess.STDOUT)
         try:
             await_that(lambda: epochs_of(folder) >= 8, driver, log)
-            # There is none for a moment when a trial has ended that cannot be followed in its process.
-            processes: list[psutil.Process | None] = [None]
-            await_that(lambda: processes.append(trial_process()) or processes[-1] is not None, driver, log)
-            killed = processes[-1]
-            assert killed is not None
-            killed.kill()
+            await_that(kill_trial_process, driver, log)
             await_that(lambda: any(trial["deaths"] for trial in trials_of(folder).values()), driver, log)
             await_that(lambda: epochs_of(folder) >= 12, driver, log)
         finally:
@@ -324,7 +320,7 @@ class TestKilled:
         ended = {"KILLED", "FINISHED"}
         await_that(lambda: set(statuses("infusion-digits", search_run).values()) <= ended, None, log)
         await_that(lambda: MlflowClient().get_run(search_run).info.status == "KILLED", None, log)
-        await_that(lambda: not live_trials(), None, log)
+        await_that(lambda: not live_actors("Trainable"), None, log)
 
         before = trials_of(folder)
         resumed = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -340,8 +336,8 @@ class TestKilled:
         by_run = statuses("infusion-digits", search_run)
         assert sorted(by_run.values()) == ["FINISHED"] + 5 * ["KILLED"]
         assert MlflowClient().get_run(search_run).info.status == "FINISHED"
-        await_that(lambda: not live_trials(), None, log)
-        await_that(lambda: all(group.state == "REMOVED" for group in list_placement_groups()), None, log)
+        await_that(lambda: not live_actors("Trainable"), None, log)
+        await_that(lambda: not live_placement_groups(), None, log)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -406,14 +402,24 @@ def epochs_of(folder: str) -> int:
     return sum(trial["epoch"] for trial in trials_of(folder).values())
 
 
-def live_trials() -> list[Any]:
-    return [actor for actor in list_actors() if actor.state != "DEAD" and "Trainable" in actor.class_name]
+def live_actors(of_class: str) -> list[ActorState]:
+    """The actors of the cluster that are not dead and whose class has this in its name.
+
+    The dead ones are left out by Ray itself, which lists no more than a hundred.
+    """
+    return [actor for actor in list_actors(filters=[("state", "!=", "DEAD")]) if of_class in actor.class_name]
 
 
-def trial_process() -> psutil.Process | None:
-    """The process of the trial that is being trained."""
-    (actor,) = live_trials() or [None]
-    return psutil.Process(actor.pid) if actor is not None and actor.pid else None
+def live_placement_groups() -> list[Any]:
+    return list_placement_groups(filters=[("state", "!=", "REMOVED")])
+
+
+def kill_trial_process() -> bool:
+    """Kills the process of the trial that is being trained; between two trials there may be none."""
+    processes = [actor.pid for actor in live_actors("Trainable") if actor.pid]
+    for process in processes:
+        psutil.Process(process).kill()
+    return bool(processes)
 
 
 def await_that(condition: Callable[[], bool], driver: subprocess.Popen[bytes] | None, log: Path | None) -> None:
