@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.setup import peak_memory
+from benchmarks.setup import peak_memory, spec_of_process
 from pipeline.training import TrainConfig
 
 
@@ -52,7 +52,7 @@ def run_bare(
     return result
 
 
-def main(argument: str) -> None:
+def main(spec: dict[str, Any]) -> None:
     """Trains as told, and prints what was measured."""
     import torch
     import torch.distributed as dist
@@ -61,7 +61,6 @@ def main(argument: str) -> None:
     from pipeline.manifest import Manifest
     from pipeline.training import Training, Worker
 
-    spec = json.loads(argument)
     torch.set_num_threads(spec["threads"])
     if spec["world_size"] > 1:
         dist.init_process_group(
@@ -96,4 +95,4 @@ def main(argument: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(spec_of_process("benchmarks.bare", __doc__))

@@ -29,6 +29,7 @@ from benchmarks.setup import (
     peak_memory,
     random_images,
     short,
+    spec_of_process,
     stage_epoch,
 )
 from benchmarks.timing import middle
@@ -175,9 +176,8 @@ def _train(spec: dict[str, Any]) -> dict[str, list[float]]:
     }
 
 
-def main(argument: str) -> None:
+def main(spec: dict[str, Any]) -> None:
     """Does one piece of work, and prints what was measured."""
-    spec = json.loads(argument)
     if spec["work"] == "train":
         print(json.dumps(_train(spec)))
         return
@@ -189,4 +189,4 @@ def main(argument: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(spec_of_process("benchmarks.images", __doc__))

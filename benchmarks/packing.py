@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.setup import REPEATS, Add
+from benchmarks.setup import REPEATS, Add, spec_of_process
 from infusion_core.gaussian import FactorialGaussian
 from infusion_core.model import InfusionModel, ModelConfig
 from infusion_core.noise import GeneratorNoise
@@ -97,9 +97,8 @@ class Packing:
             return sum(float(process.communicate()[0]) for process in processes)
 
 
-def main(argument: str) -> None:
+def main(spec: dict[str, Any]) -> None:
     """Takes steps for a while, after a line on standard input, and prints how many a second."""
-    spec: dict[str, Any] = json.loads(argument)
     torch.set_num_threads(spec["threads"])
     step = _stacked_step(spec["stacked"]) if spec["stacked"] > 1 else _single_step()
     for _ in range(3):
@@ -184,4 +183,4 @@ class StackedOperators(nn.Module):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(spec_of_process("benchmarks.packing", __doc__))

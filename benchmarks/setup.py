@@ -1,6 +1,8 @@
 """What the benchmarks have in common: their rows, their images, and the configuration that they train."""
 
+import argparse
 import dataclasses
+import json
 import re
 import resource
 import sys
@@ -8,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +59,16 @@ def short(epochs: int, num_steps: int = 15) -> TrainConfig:
         statistics_images=BATCH,
         model=dataclasses.replace(config.model, num_steps=num_steps),
     )
+
+
+def spec_of_process(module: str, description: str | None) -> dict[str, Any]:
+    """Returns what this process, one that a benchmark started for itself, is told to do on its command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("spec", type=json.loads, help="what to do: a JSON object, as above")
+    spec: dict[str, Any] = parser.parse_args().spec
+    return spec
 
 
 def peak_memory() -> int:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -416,10 +417,12 @@ def live_placement_groups() -> list[Any]:
 
 def kill_trial_process() -> bool:
     """Kills the process of the trial that is being trained; between two trials there may be none."""
-    processes = [actor.pid for actor in live_actors("Trainable") if actor.pid]
-    for process in processes:
-        psutil.Process(process).kill()
-    return bool(processes)
+    for actor in live_actors("Trainable"):
+        with suppress(psutil.NoSuchProcess):
+            if actor.pid:
+                psutil.Process(actor.pid).kill()
+                return True
+    return False
 
 
 def await_that(condition: Callable[[], bool], driver: subprocess.Popen[bytes] | None, log: Path | None) -> None:
